@@ -1,0 +1,178 @@
+"""The contract that every mixer obeys: a segment and a state in, a segment and a state out.
+
+    y, state = mixer(x, state)              x: (batch, time, d_model); state None = the initial state
+    y_t, state = mixer.step(x_t, state)     x_t: (batch, d_model)
+
+Splitting a sequence anywhere changes nothing; padding never reaches a state; a document in a pack never sees its
+neighbour. `Mixer` keeps what all of them share, so that a mixer writes `initial_state`, `mix` and its state's size.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from bestiary import state as states
+from bestiary.errors import UsageError
+
+
+class Mixer(nn.Module):
+    """Base of sequence mixers and channel mixers."""
+
+    name: ClassVar[str] = ""
+    """The name it is registered under."""
+    causal: ClassVar[bool] = True
+    """Whether outputs depend on the past alone."""
+    channel_mixer: ClassVar[str | None] = "swiglu"
+    """The channel mixer that follows by default; None where the block holds the sequence mixer alone."""
+
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        """The mixer's equation on a segment: (batch, time, d_model), state, lengths or None -> y, state.
+
+        With `lengths`, x is zero past each row's length, and steps there must leave no trace in the state. (Projections
+        with a bias and convolutions make padding non-zero again: select it away, with `keep_real`, before what remembers.)
+        """
+        raise NotImplementedError
+
+    def initial_state(
+        self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Any:
+        """The state before the first step; its dtype is fp32 at least, on the mixer's own device by default."""
+        raise NotImplementedError
+
+    def state_nbytes(self, time: int) -> int:
+        """Bytes of one sequence's state after `time` steps, under fp32 inputs. By default: the initial state's."""
+        del time
+        return states.nbytes(self.initial_state(1, device="meta", dtype=torch.float32))
+
+    def mixing_flops(self, context: int) -> float:
+        """Forward FLOPs a token at a context of `context` tokens, beside the linear projections."""
+        raise NotImplementedError
+
+    def flops_per_token(self, context: int) -> float:
+        """Forward FLOPs a token, a multiply-add being two: the projections plus `mixing_flops`."""
+        linear = sum(2 * m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear) and not _is_filter(m))
+        return linear + self.mixing_flops(context)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time d_model"],
+        state: Any = None,
+        *,
+        lengths: Int[Tensor, " batch"] | None = None,
+        cu_seqlens: Int[Tensor, " bounds"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time d_model"], Any]:
+        """Mix a segment; returns (y, state), the state being the one to continue with.
+
+        Args:
+            state: what `initial_state`, an earlier call or `step` returned; None for the beginning of a sequence.
+            lengths: real steps of each row of a right-padded batch. Padding may hold anything, NaN included; outputs
+                there are zero.
+            cu_seqlens: bounds (0, n_1, n_1 + n_2, ...) of documents packed into a batch of one. States in and out then
+                have one row a document. Excludes `lengths`.
+        """
+        if cu_seqlens is not None:
+            if lengths is not None:
+                raise UsageError("give lengths (a padded batch) or cu_seqlens (packed documents), not both")
+            rows, lengths = unpack(x, cu_seqlens)
+            y, state = self.forward(rows, state, lengths=lengths)
+            return pack(y, lengths), state
+        if state is None:
+            state = self.initial_state(x.shape[0], device=x.device, dtype=x.dtype)
+        if lengths is None:
+            return self.mix(x, state, None)
+        check_lengths(lengths, x)
+        y, state = self.mix(keep_real(x, lengths), state, lengths)
+        return keep_real(y, lengths), state
+
+    def step(self, x: Float[Tensor, "batch d_model"], state: Any) -> tuple[Float[Tensor, "batch d_model"], Any]:
+        """Mix one step of every row; returns (y, state)."""
+        y, state = self.forward(x[:, None], state)
+        return y[:, 0], state
+
+    def reset_parameters(self) -> None:
+        """Draw all parameters anew, as the paper initialises them."""
+        raise NotImplementedError
+
+    def own_device(self, device: torch.device | str | None) -> torch.device | str:
+        """`device`, or else that of the parameters."""
+        return next(self.parameters()).device if device is None else device
+
+    def own_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
+        """The dtype of a recurrent state under inputs of `dtype` (the parameters' by default): fp32 at least."""
+        return torch.promote_types(next(self.parameters()).dtype if dtype is None else dtype, torch.float32)
+
+
+class Pointwise(Mixer):
+    """A part that treats each step alone: no state, and padding and packing need no care."""
+
+    channel_mixer = None
+
+    def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> states.Empty:
+        return states.Empty()
+
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        return self.transform(x), state
+
+    def transform(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The function of one step."""
+        raise NotImplementedError
+
+    def mixing_flops(self, context: int) -> float:
+        return 0.0
+
+    def forward(
+        self, x: Tensor, state: Any = None, *, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Any]:
+        if lengths is not None and cu_seqlens is not None:
+            raise UsageError("give lengths (a padded batch) or cu_seqlens (packed documents), not both")
+        if lengths is not None:  # select before and after: NaN in padding must not reach the weights' gradients
+            check_lengths(lengths, x)
+            return keep_real(self.transform(keep_real(x, lengths)), lengths), states.Empty()
+        return self.transform(x), states.Empty()
+
+    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        return self.transform(x), state
+
+
+def real_steps(lengths: Int[Tensor, " batch"], time: int) -> Bool[Tensor, "batch time"]:
+    """Mask of the steps that are no padding."""
+    return torch.arange(time, device=lengths.device) < lengths[:, None]
+
+
+def keep_real(x: Tensor, lengths: Int[Tensor, " batch"] | None, fill: float = 0.0) -> Tensor:
+    """Padding selected away (never multiplied away: NaN * 0 is NaN): (batch, time, ...) with `fill` past each length."""
+    if lengths is None:
+        return x
+    mask = real_steps(lengths, x.shape[1]).reshape(x.shape[0], x.shape[1], *[1] * (x.ndim - 2))
+    return torch.where(mask, x, fill)
+
+
+def check_lengths(lengths: Tensor, x: Tensor) -> None:
+    """One clear error for lengths that do not fit x."""
+    if lengths.shape != x.shape[:1] or lengths.is_floating_point():
+        raise UsageError(f"lengths must be {x.shape[0]} integers, one a row, not {lengths.dtype} {tuple(lengths.shape)}")
+    if lengths.device.type == "cpu" and lengths.numel() and (lengths.min() < 0 or lengths.max() > x.shape[1]):
+        raise UsageError(f"lengths must lie in 0..{x.shape[1]}, the padded time; got {lengths.tolist()}")
+
+
+def unpack(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed documents (1, total, ...) -> right-padded rows (documents, longest, ...) and their lengths."""
+    bounds = cu_seqlens.tolist()
+    if x.shape[0] != 1:
+        raise UsageError(f"packed documents come as a batch of one, not of {x.shape[0]}")
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != x.shape[1] or any(a > b for a, b in zip(bounds, bounds[1:])):
+        raise UsageError(f"cu_seqlens must rise from 0 to the packed length {x.shape[1]}, not {bounds}")
+    documents = x[0].tensor_split(bounds[1:-1])
+    return nn.utils.rnn.pad_sequence(documents, batch_first=True), cu_seqlens.diff()
+
+
+def pack(rows: Tensor, lengths: Tensor) -> Tensor:
+    """The inverse of `unpack`: the real steps of all rows, one after the other, as a batch of one."""
+    return rows[real_steps(lengths, rows.shape[1])][None]
+
+
+def _is_filter(module: nn.Module) -> bool:
+    """Whether a linear map works on filter taps, not on tokens (set `is_filter = True` on such a module)."""
+    return bool(getattr(module, "is_filter", False))
