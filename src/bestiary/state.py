@@ -140,7 +140,9 @@ def save(state: State, path: str | Path, *, model: Any = None) -> None:
     os.close(handle)
     try:
         # safetensors wants each tensor to own its memory
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in flat.items()}, temporary, metadata)
+        save_file(
+            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in flat.items()}, temporary, metadata
+        )
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -195,7 +197,9 @@ def _rebuild(structure: Any, name: str, file: Any, names: set[str]) -> State:
         return tuple(_rebuild(part, f"{name}.{i}", file, names) for i, part in enumerate(structure))
     cls = _types.get(structure["type"])
     if cls is None:
-        raise BestiaryError(f"the state file holds a {structure['type']}, which is not registered; import its mixer first")
+        raise BestiaryError(
+            f"the state file holds a {structure['type']}, which is not registered; import its mixer first"
+        )
     fields = structure["fields"]
     if set(fields) != set(cls._fields):  # type: ignore[attr-defined]
         raise BestiaryError(f"the state file's {structure['type']} has fields {sorted(fields)}, expected {cls._fields}")  # type: ignore[attr-defined]

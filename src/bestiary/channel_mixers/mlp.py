@@ -4,7 +4,6 @@
     swiglu      y = W_3 (silu(W_1 x) * W_2 x)
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +21,7 @@ class GeluMLP(Pointwise):
     """
 
     def __init__(self, d_model: int, *, d_hidden: int | None = None):
-        super().__init__()
+        super().__init__(d_model)
         d_hidden = 4 * d_model if d_hidden is None else d_hidden
         self.up = nn.Linear(d_model, d_hidden)
         self.down = nn.Linear(d_hidden, d_model)
@@ -45,7 +44,7 @@ class SwiGLU(Pointwise):
     """
 
     def __init__(self, d_model: int, *, d_hidden: int | None = None):
-        super().__init__()
+        super().__init__(d_model)
         d_hidden = -(-8 * d_model // 3 // 32) * 32 if d_hidden is None else d_hidden
         self.gate_up = nn.Linear(d_model, 2 * d_hidden, bias=False)
         self.down = nn.Linear(d_hidden, d_model, bias=False)

@@ -27,6 +27,15 @@ class Mixer(nn.Module):
     channel_mixer: ClassVar[str | None] = "swiglu"
     """The channel mixer that follows by default; None where the block holds the sequence mixer alone."""
 
+    cached_activations: ClassVar[tuple[str, ...]] = ()
+    """Fields of the state that hold copies of activations (a KV cache) and so may stay in half precision."""
+
+    def __init__(self, d_model: int):
+        super().__init__()
+        if d_model < 1 or d_model % 32:
+            raise UsageError(f"d_model must be a positive multiple of 32, not {d_model}")
+        self.d_model = d_model
+
     def mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
         """The mixer's equation on a segment: (batch, time, d_model), state, lengths or None -> y, state.
 
@@ -152,7 +161,9 @@ def keep_real(x: Tensor, lengths: Int[Tensor, " batch"] | None, fill: float = 0.
 def check_lengths(lengths: Tensor, x: Tensor) -> None:
     """One clear error for lengths that do not fit x."""
     if lengths.shape != x.shape[:1] or lengths.is_floating_point():
-        raise UsageError(f"lengths must be {x.shape[0]} integers, one a row, not {lengths.dtype} {tuple(lengths.shape)}")
+        raise UsageError(
+            f"lengths must be {x.shape[0]} integers, one a row, not {lengths.dtype} {tuple(lengths.shape)}"
+        )
     if lengths.device.type == "cpu" and lengths.numel() and (lengths.min() < 0 or lengths.max() > x.shape[1]):
         raise UsageError(f"lengths must lie in 0..{x.shape[1]}, the padded time; got {lengths.tolist()}")
 
