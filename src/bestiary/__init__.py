@@ -2,6 +2,7 @@
 
 from bestiary import channel_mixers, mixers, ops, state
 from bestiary.errors import BestiaryError, UsageError
+from bestiary.models import LanguageModel, ModelConfig
 
 __version__ = "0.1.0"
-__all__ = ["BestiaryError", "UsageError", "channel_mixers", "mixers", "ops", "state"]
+__all__ = ["BestiaryError", "LanguageModel", "ModelConfig", "UsageError", "channel_mixers", "mixers", "ops", "state"]

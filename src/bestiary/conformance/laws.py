@@ -133,6 +133,33 @@ def split_gradients(case: Case) -> float:
     )
 
 
+@law("gradients are the derivatives, by central differences in float64", tolerance=TOLERANCE["float64", "derivative"])
+def derivative(case: Case) -> float:
+    case = replace(case, strong=False)
+    mixer, x = case.mixer(), case.inputs().requires_grad_()
+    wanted = [x, *(p for p in mixer.parameters() if p.requires_grad)]
+    weight, cut = case.inputs(salt=5), case.cuts[0]
+
+    def loss() -> Tensor:  # over two segments, so that the state's part is in it
+        y, state = mixer(x[:, :cut])
+        z, state = mixer(x[:, cut:], state)
+        ahead = continuation(mixer, state, case)
+        return (torch.cat([y, z], 1) * weight).sum() + ahead.square().sum()
+
+    found = torch.autograd.grad(loss(), wanted, allow_unused=True)
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found)]
+    generator = torch.Generator().manual_seed(case.seed)
+    directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in wanted]
+    expected = sum(float((g * d).sum()) for g, d in zip(gradients, directions))
+    size, epsilon, ends = sum(float(g.square().sum()) for g in gradients) ** 0.5, 1e-5, []
+    with torch.no_grad():
+        for sign in (1, -2):
+            for p, d in zip(wanted, directions):
+                p.add_(sign * epsilon * d)
+            ends.append(loss().item())
+    return abs((ends[0] - ends[1]) / (2 * epsilon) - expected) / max(abs(expected), size, 1e-2)
+
+
 def _absolute(actual: Tensor, expected: Tensor) -> float:
     return (actual - expected).abs().max().item() if expected.numel() else 0.0
 

@@ -1,0 +1,185 @@
+"""A causal language model: embedding, pre-norm residual blocks, norm, head.
+
+    x = x + mixer(norm(x));   x = x + channel_mixer(norm(x))      per layer (the second where the layer has one)
+    logits = head(norm(x))
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bestiary import channel_mixers, mixers
+from bestiary import state as states
+from bestiary.errors import UsageError
+from bestiary.models import generation
+from bestiary.models.config import ModelConfig
+from bestiary.models.layout import Layer
+from bestiary.models.loss import linear_cross_entropy
+
+
+@states.register
+class LayerState(NamedTuple):
+    """What one layer remembers: the state of its sequence mixer and that of its channel mixer."""
+
+    mixer: Any
+    channel: Any
+
+
+@states.register
+class ModelState(NamedTuple):
+    """What a language model remembers: one LayerState a layer."""
+
+    layers: tuple[LayerState, ...]
+
+
+class Block(nn.Module):
+    """One layer: a sequence mixer and perhaps a channel mixer, each behind a norm and beside a residual path."""
+
+    def __init__(self, layer: Layer, config: ModelConfig, layer_index: int, n_layers: int):
+        super().__init__()
+        place = {"layer_index": layer_index, "n_layers": n_layers}
+        self.norm = _norm(config)
+        self.mixer = mixers.build(layer.mixer, config.d_model, **place, **layer.options)
+        if not self.mixer.causal:
+            raise UsageError(f"mixer {layer.mixer!r} is bidirectional: a language model wants causal ones")
+        self.channel_norm, self.channel = None, None
+        if layer.channel is not None:
+            self.channel_norm = _norm(config)
+            self.channel = channel_mixers.build(layer.channel, config.d_model, **place, **layer.channel_options)
+
+    def initial_state(self, batch_size: int, **kwargs: Any) -> LayerState:
+        """The layer's state before the first step."""
+        channel = states.Empty() if self.channel is None else self.channel.initial_state(batch_size, **kwargs)
+        return LayerState(self.mixer.initial_state(batch_size, **kwargs), channel)
+
+    def forward(self, x: Tensor, state: LayerState | None, **rows: Tensor | None) -> tuple[Tensor, LayerState]:
+        """One segment through the layer; `rows` are `lengths` or `cu_seqlens`, as in the mixers' contract."""
+        y, mixed = self.mixer(self.norm(x), None if state is None else state.mixer, **rows)
+        x = x + y
+        remembered: Any = states.Empty()
+        if self.channel is not None and self.channel_norm is not None:
+            y, remembered = self.channel(self.channel_norm(x), None if state is None else state.channel, **rows)
+            x = x + y
+        return x, LayerState(mixed, remembered)
+
+
+class LanguageModel(nn.Module):
+    """A stack of blocks over tokens: `logits, state = model(tokens, state)`.
+
+    Splitting tokens into segments and handing the state over changes nothing; `lengths` (right-padded rows) and
+    `cu_seqlens` (packed documents) are as in the mixers' contract.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        layers = config.layers
+        self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(layer, config, i, len(layers)) for i, layer in enumerate(layers))
+        self.norm = _norm(config)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        nn.init.normal_(self.embedding.weight, std=config.embedding_std)
+        nn.init.normal_(self.head.weight, std=config.embedding_std)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def initial_state(self, batch_size: int, **kwargs: Any) -> ModelState:
+        """The state before the first token; `device` and `dtype` as in the mixers' contract."""
+        return ModelState(tuple(block.initial_state(batch_size, **kwargs) for block in self.blocks))  # type: ignore[operator]
+
+    def hidden(
+        self,
+        tokens: Int[Tensor, "batch time"],
+        state: ModelState | None = None,
+        *,
+        lengths: Int[Tensor, " batch"] | None = None,
+        cu_seqlens: Int[Tensor, " bounds"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time d_model"], ModelState]:
+        """What the head sees: the normed output of the last block."""
+        if tokens.device.type == "cpu" and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
+            raise UsageError(f"token ids must lie in 0..{self.config.vocab_size - 1}, got {tokens.min()}..{tokens.max()}")
+        if state is not None and len(state.layers) != len(self.blocks):
+            raise UsageError(f"the state has {len(state.layers)} layers, the model {len(self.blocks)}")
+        x, after = self.embedding(tokens), []
+        for i, block in enumerate(self.blocks):
+            x, layer = block(x, None if state is None else state.layers[i], lengths=lengths, cu_seqlens=cu_seqlens)
+            after.append(layer)
+        return self.norm(x), ModelState(tuple(after))
+
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch time"],
+        state: ModelState | None = None,
+        *,
+        lengths: Int[Tensor, " batch"] | None = None,
+        cu_seqlens: Int[Tensor, " bounds"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time vocab"], ModelState]:
+        """Logits of the next token at every position, and the state to continue with."""
+        hidden, state = self.hidden(tokens, state, lengths=lengths, cu_seqlens=cu_seqlens)
+        return self.head(hidden), state
+
+    def step(self, tokens: Int[Tensor, " batch"], state: ModelState) -> tuple[Float[Tensor, "batch vocab"], ModelState]:
+        """One token of every row: logits of the next, and the state."""
+        x, after = self.embedding(tokens), []
+        for block, layer in zip(self.blocks, state.layers):
+            y, mixed = block.mixer.step(block.norm(x), layer.mixer)
+            x, remembered = x + y, layer.channel
+            if block.channel is not None:
+                y, remembered = block.channel.step(block.channel_norm(x), layer.channel)
+                x = x + y
+            after.append(LayerState(mixed, remembered))
+        return self.head(self.norm(x)), ModelState(tuple(after))
+
+    def loss(
+        self,
+        tokens: Int[Tensor, "batch time"],
+        targets: Int[Tensor, "batch time"],
+        mask: Tensor | None = None,
+        state: ModelState | None = None,
+        *,
+        lengths: Int[Tensor, " batch"] | None = None,
+        cu_seqlens: Int[Tensor, " bounds"] | None = None,
+    ) -> tuple[Float[Tensor, ""], ModelState]:
+        """Mean cross-entropy in nats over the targets, and the state.
+
+        Args:
+            mask: (batch, time) booleans or weights of the targets; targets below 0 never count.
+        """
+        hidden, state = self.hidden(tokens, state, lengths=lengths, cu_seqlens=cu_seqlens)
+        weights = None if mask is None else mask.flatten().to(torch.promote_types(hidden.dtype, torch.float32))
+        return linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), weights), state
+
+    def generate(self, tokens: Tensor | list[list[int]], **options: Any) -> Any:
+        """Continue prompts; see bestiary.models.generation.generate for the options."""
+        return generation.generate(self, tokens, **options)
+
+    def stream(self, tokens: Tensor | list[list[int]], **options: Any) -> Iterator[Tensor]:
+        """Continue prompts, a step at a time; see bestiary.models.generation.stream."""
+        return generation.stream(self, tokens, **options)
+
+    def n_parameters(self) -> int:
+        """Number of parameters, shared ones once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def mixer_names(self) -> list[str]:
+        """The sequence mixers' names, layer by layer."""
+        return [block.mixer.name for block in self.blocks]  # type: ignore[union-attr, misc]
+
+    @torch.no_grad()
+    def fingerprint(self) -> str:
+        """A short hash of the configuration and of samples of every weight: tells whose state a state is."""
+        digest = hashlib.sha256(self.config.to_json().encode())
+        for name, parameter in self.named_parameters():
+            flat = parameter.detach().flatten()
+            sample = flat[torch.linspace(0, flat.numel() - 1, min(flat.numel(), 256), device=flat.device).long()]
+            digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def _norm(config: ModelConfig) -> nn.Module:
+    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
+    return kind(config.d_model, eps=config.norm_eps)

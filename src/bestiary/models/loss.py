@@ -1,0 +1,92 @@
+"""Cross-entropy of a linear head, chunk by chunk: the logits of all positions never exist at once.
+
+    loss = sum_i weight_i * (logsumexp(W h_i) - W[target_i] h_i) / sum_i weight_i
+
+The backward pass needs softmax(W h) - onehot(target), which is at hand while a chunk's logits are; so each chunk's
+gradients are formed at once and its logits dropped.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 22  # logits in memory at a time: 16 MiB in fp32
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "rows d_model"],
+    head: Float[Tensor, "vocab d_model"],
+    targets: Int[Tensor, " rows"],
+    weights: Float[Tensor, " rows"] | None = None,
+) -> Float[Tensor, ""]:
+    """Weighted mean of the cross-entropy in nats; targets below 0 count for nothing. 0 where nothing counts."""
+    counted = (targets >= 0).to(torch.promote_types(hidden.dtype, torch.float32))
+    weights = counted if weights is None else weights.to(counted.dtype) * counted
+    weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
+    return _LinearCrossEntropy.apply(hidden, head, targets, weights)
+
+
+@torch.no_grad()
+def token_nats(
+    hidden: Float[Tensor, "rows d_model"], head: Float[Tensor, "vocab d_model"], targets: Int[Tensor, " rows"]
+) -> Float[Tensor, " rows"]:
+    """Cross-entropy of each target in nats, without a gradient; 0 where the target is below 0."""
+    nats = [_chunk_nats(_logits(h, head), t)[0] for h, t in zip(*(x.split(_rows(head)) for x in (hidden, targets)))]
+    return torch.cat(nats) if nats else hidden.new_zeros(0, dtype=torch.float32)
+
+
+def _rows(head: Tensor) -> int:
+    return max(1, CHUNK_ELEMENTS // head.shape[0])
+
+
+def _matmul_dtype(hidden: Tensor) -> torch.dtype:
+    """The dtype of the products: autocast's where it is on."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """Logits in fp32 at least."""
+    dtype = _matmul_dtype(hidden)
+    return (hidden.to(dtype) @ head.to(dtype).T).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _chunk_nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(nats of each row, log-normaliser of each row)"""
+    normaliser = logits.logsumexp(1)
+    chosen = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
+    return torch.where(targets >= 0, normaliser - chosen, 0), normaliser
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+        total = weights.new_zeros(())
+        with_gradient = hidden.requires_grad or head.requires_grad
+        d_hidden = torch.empty_like(hidden) if with_gradient else None
+        d_head = torch.zeros_like(head, dtype=weights.dtype) if with_gradient else None
+        dtype, size = _matmul_dtype(hidden), _rows(head)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, hidden.shape[0], size):
+                rows = slice(start, start + size)
+                h, t, w = hidden[rows], targets[rows], weights[rows]
+                logits = (h.to(dtype) @ head.to(dtype).T).to(weights.dtype)
+                nats, normaliser = _chunk_nats(logits, t)
+                total += (nats * w).sum()
+                if d_hidden is None or d_head is None:
+                    continue
+                d_logits = logits.sub_(normaliser[:, None]).exp_()
+                d_logits.scatter_add_(1, t.clamp(min=0)[:, None], -torch.ones_like(w)[:, None])
+                d_logits = (d_logits * w[:, None]).to(dtype)
+                d_hidden[rows] = (d_logits @ head.to(dtype)).to(hidden.dtype)
+                d_head += d_logits.T @ h.to(dtype)
+        if d_hidden is not None and d_head is not None:
+            ctx.save_for_backward(d_hidden, d_head.to(head.dtype))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        d_hidden, d_head = ctx.saved_tensors
+        return d_hidden * gradients[0].to(d_hidden.dtype), d_head * gradients[0].to(d_head.dtype), None, None
