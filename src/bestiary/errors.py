@@ -17,4 +17,6 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> UsageError:
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return UsageError(f"unknown {kind} {name!r}{hint} valid: {', '.join(valid) or 'none'}".replace("? valid", "? Valid"))
+    return UsageError(
+        f"unknown {kind} {name!r}{hint} valid: {', '.join(valid) or 'none'}".replace("? valid", "? Valid")
+    )

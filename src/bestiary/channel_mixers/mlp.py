@@ -23,6 +23,7 @@ class GeluMLP(Pointwise):
     def __init__(self, d_model: int, *, d_hidden: int | None = None):
         super().__init__(d_model)
         d_hidden = 4 * d_model if d_hidden is None else d_hidden
+        self.d_hidden = d_hidden
         self.up = nn.Linear(d_model, d_hidden)
         self.down = nn.Linear(d_hidden, d_model)
 
@@ -46,6 +47,7 @@ class SwiGLU(Pointwise):
     def __init__(self, d_model: int, *, d_hidden: int | None = None):
         super().__init__(d_model)
         d_hidden = -(-8 * d_model // 3 // 32) * 32 if d_hidden is None else d_hidden
+        self.d_hidden = d_hidden
         self.gate_up = nn.Linear(d_model, 2 * d_hidden, bias=False)
         self.down = nn.Linear(d_hidden, d_model, bias=False)
 

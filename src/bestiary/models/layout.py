@@ -13,6 +13,7 @@
 Values are integers, floats, true, false, none, or words.
 """
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +49,22 @@ def parse(layout: str) -> list[Layer]:
     if not layers:
         raise UsageError("the layout is empty; try 'mamba*4'")
     return layers
+
+
+def spell(layers: list[Layer]) -> str:
+    """The layout string of some layers; the inverse of `parse`, equal neighbours written with a count."""
+    words = [_word(layer) for layer in layers]
+    runs = [(word, len(list(group))) for word, group in itertools.groupby(words)]
+    return " ".join(word if count == 1 else f"{word}*{count}" for word, count in runs)
+
+
+def _word(layer: Layer) -> str:
+    options = dict(layer.options)
+    if layer.channel != mixers.get(layer.mixer).channel_mixer:
+        options["channel"] = layer.channel
+    options |= {f"channel.{key}": value for key, value in layer.channel_options.items()}
+    text = ", ".join(f"{key}={str(value).lower() if value in (True, False, None) else value}" for key, value in options.items())
+    return f"{layer.mixer}{{{text}}}" if text else layer.mixer
 
 
 _Token = tuple[str, str, int]  # kind, text, position

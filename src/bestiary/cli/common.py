@@ -1,0 +1,56 @@
+"""What the verbs share: command lines from dataclasses, and JSON results."""
+
+import contextlib
+import io
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from bestiary.errors import UsageError
+
+T = TypeVar("T")
+
+
+def parse(arguments: type[T], argv: list[str], verb: str) -> T:
+    """The dataclass `arguments` filled from the command line; its docstring and field docs make the help.
+
+    Raises UsageError, in one line, where the command line does not fit.
+    """
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(arguments, args=argv, prog=f"bestiary {verb}")
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise SystemExit(0) from None  # --help, printed on stdout
+    raise UsageError(f"{_first_message(errors.getvalue())} (bestiary {verb} --help lists what there is)") from None
+
+
+def _first_message(box: str) -> str:
+    """tyro prints errors in a box, the reason before the first rule; we want that reason as a line."""
+    words: list[str] = []
+    for line in box.splitlines()[1:]:
+        text = line.strip().strip("│").strip()
+        if set(text) <= set("─╰╯") and words:
+            break
+        words.append(text)
+    return " ".join(filter(None, words)) or "the command line is wrong"
+
+
+def write_json(path: Path | None, results: Any) -> None:
+    """Write results for machines where `--json` asks for them, atomically."""
+    if path is None:
+        return
+    handle, temporary = tempfile.mkstemp(dir=path.resolve().parent, prefix=path.name)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(results, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    print(f"wrote {path}", file=sys.stderr)

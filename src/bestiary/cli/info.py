@@ -1,0 +1,101 @@
+"""`bestiary info`: what a layout costs, before anything is trained."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+import bestiary
+from bestiary import channel_mixers, mixers
+from bestiary.cli.common import parse, write_json
+from bestiary.errors import UsageError
+from bestiary.models import LanguageModel, ModelConfig
+from bestiary.models.costs import CONTEXTS, Cost, costs, total
+from bestiary.report.format import count, size
+
+
+@dataclass(frozen=True)
+class Info:
+    """Parameters, forward FLOPs a token and bytes of state, layer by layer, at several context lengths.
+
+    Without a layout: the mixers there are, with their options.
+
+    Examples:
+      bestiary info
+      bestiary info "(mamba*3 attention)*4" --d-model 768 --vocab-size 50280
+      bestiary info runs/mymodel                   a folder that `bestiary train` wrote
+      bestiary info "gla*12" --contexts 1024 65536
+    """
+
+    layout: Annotated[str | None, tyro.conf.Positional] = None
+    """A layout, or a folder with a trained model."""
+    d_model: int = 256
+    """Width of the model."""
+    vocab_size: int = 256
+    """Number of token ids."""
+    contexts: tuple[int, ...] = CONTEXTS
+    """Context lengths to cost."""
+    json: Path | None = None
+    """Write the results here too."""
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse(Info, argv, "info")
+    console = Console()
+    if arguments.layout is None:
+        console.print(_mixers())
+        return 0
+    if any(context < 1 for context in arguments.contexts) or not arguments.contexts:
+        raise UsageError(f"contexts must be positive numbers of tokens, not {list(arguments.contexts)}")
+    if Path(arguments.layout).is_dir():
+        model, _ = bestiary.load(arguments.layout)
+    else:
+        model = LanguageModel(ModelConfig(arguments.layout, arguments.d_model, arguments.vocab_size))
+    parts = costs(model, arguments.contexts)
+    config = model.config
+    console.print(_table(parts, arguments.contexts, f"{config.layout}, d_model {config.d_model}"))
+    console.print("FLOPs: forward, a multiply-add being two; training takes three times as many. State: fp32, one sequence.")
+    write_json(arguments.json, {"config": config.to_dict(), "parts": [asdict(part) for part in [*parts, total(parts)]]})
+    return 0
+
+
+def _table(parts: list[Cost], contexts: tuple[int, ...], title: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column("layers")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    for context in contexts:
+        table.add_column(f"FLOPs/token\nat {context}", justify="right")
+    for context in contexts:
+        table.add_column(f"state\nat {context}", justify="right")
+
+    def row(label: str, part: Cost) -> None:
+        flops = [count(part.flops[context]) for context in contexts]
+        table.add_row(label, part.name, count(part.parameters), *flops, *(size(part.state_bytes[c]) for c in contexts))
+
+    row("", parts[0])
+    first = 1
+    for i in range(1, len(parts) + 1):  # equal layers in a row share a line
+        if i == len(parts) or parts[i] != parts[first]:
+            row(f"{first}" if i == first + 1 else f"{first}-{i - 1}", parts[first])
+            first = i
+    table.add_section()
+    row("", total(parts))
+    return table
+
+
+def _mixers() -> Table:
+    table = Table(title="mixers", title_justify="left")
+    for column in ("name", "what", "options and defaults", "followed by"):
+        table.add_column(column)
+    for registry in (mixers.registry, channel_mixers.registry):
+        for name in registry.names():
+            cls = registry.get(name)
+            options = ", ".join(f"{key}={value}" for key, value in registry.options(name).items())
+            after = (cls.channel_mixer or "-") if registry is mixers.registry else ""
+            table.add_row(name, (cls.__doc__ or "").strip().splitlines()[0], options, after)
+        table.add_section()
+    return table
