@@ -22,6 +22,9 @@ def linear_cross_entropy(
     weights: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, ""]:
     """Weighted mean of the cross-entropy in nats; targets below 0 count for nothing. 0 where nothing counts."""
+    if hidden.device.type == "cpu" and (targets < 0).any():  # rows without a target need no logits
+        kept = targets >= 0
+        hidden, targets, weights = hidden[kept], targets[kept], None if weights is None else weights[kept]
     counted = (targets >= 0).to(torch.promote_types(hidden.dtype, torch.float32))
     weights = counted if weights is None else weights.to(counted.dtype) * counted
     weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
