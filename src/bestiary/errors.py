@@ -16,7 +16,5 @@ def unknown(kind: str, name: str, valid: Iterable[str]) -> UsageError:
     """The error for a name that does not exist: lists the valid ones, closest match first."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return UsageError(
-        f"unknown {kind} {name!r}{hint} valid: {', '.join(valid) or 'none'}".replace("? valid", "? Valid")
-    )
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    return UsageError(f"unknown {kind} {name!r}{hint}; valid: {', '.join(valid) or 'none'}")

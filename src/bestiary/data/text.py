@@ -23,7 +23,8 @@ class Document:
 
 
 def read(paths: str | Path | Sequence[str | Path], *, errors: str = "strict") -> list[Document]:
-    """Read files and folders into documents, one per file; of a folder all *.txt and *.md in it, recursively, sorted.
+    """Read files and folders into documents, one per file; of a folder all *.txt and *.md in it, recursively, sorted
+    by path, hidden ones left out. No file is read twice.
 
     Line ends become a newline; a byte order mark is dropped; empty files are left out.
 
@@ -38,7 +39,7 @@ def read(paths: str | Path | Sequence[str | Path], *, errors: str = "strict") ->
     paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     if not paths:
         raise UsageError("no text to read: give a file, several files or a folder")
-    documents = [read_file(file, errors=errors) for file in _files(paths)]
+    documents = [read_file(file, errors=errors) for file in dict.fromkeys(_files(paths))]
     documents = [document for document in documents if document.text]
     if not documents:
         raise UsageError(f"no text in {', '.join(map(str, paths))}: all files are empty")
@@ -51,37 +52,33 @@ def read_file(path: Path, *, errors: str = "strict") -> Document:
         content = path.read_bytes()
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
-    text, bad = decode(content)
-    if bad and errors == "strict":
-        offset = bad[0]
+    text = content.decode(errors="replace").replace("\0", REPLACEMENT)
+    replaced = text.count(REPLACEMENT) - content.count(REPLACEMENT.encode())
+    if replaced and errors == "strict":
+        offset = first_bad_byte(content)
         raise UsageError(
             f"{path}: byte 0x{content[offset]:02x} at offset {offset} is not UTF-8 text; "
             'convert the file, or replace bad bytes with errors="replace"'
         )
     text = text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}").replace("\r\n", "\n").replace("\r", "\n")
-    return Document(str(path), text, len(bad))
+    return Document(str(path), text, replaced)
 
 
-def decode(content: bytes) -> tuple[str, list[int]]:
-    """Decode UTF-8 with U+FFFD for what is bad; returns (text, offsets of the bad places)."""
-    bad = [offset for offset, byte in enumerate(content) if byte == 0] if 0 in content else []
-    text: list[str] = []
-    start = 0
-    while start < len(content):
-        try:
-            text.append(content[start:].decode())
-            break
-        except UnicodeDecodeError as error:
-            text.append(content[start : start + error.start].decode() + REPLACEMENT)
-            bad.append(start + error.start)
-            start += error.end
-    return "".join(text).replace("\0", REPLACEMENT), sorted(bad)
+def first_bad_byte(content: bytes) -> int:
+    """Offset of the first byte that is a NUL or breaks UTF-8; -1 where there is none."""
+    nul = content.find(0)
+    try:
+        content[: nul if nul >= 0 else None].decode()
+    except UnicodeDecodeError as error:
+        return error.start
+    return nul
 
 
 def _files(paths: Iterable[Path]) -> Iterable[Path]:
     for path in paths:
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            inside = [file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts)]
             if not inside:
                 raise UsageError(f"no {' or '.join('*' + suffix for suffix in SUFFIXES)} file in the folder {path}")
             yield from inside
