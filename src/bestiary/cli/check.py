@@ -2,7 +2,7 @@
 
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +13,7 @@ from rich.progress import track
 from bestiary import channel_mixers, mixers
 from bestiary.cli.common import parse, write_json
 from bestiary.conformance.run import Verdict, check, table
-from bestiary.errors import UsageError
+from bestiary.errors import unknown
 from bestiary.registry import Registry
 
 
@@ -39,17 +39,13 @@ class Check:
     json: Path | None = None
     """Write the results here too."""
 
-    registries: tyro.conf.Suppress[tuple[Registry, ...]] = field(
-        default=(mixers.registry, channel_mixers.registry), repr=False
-    )
-
 
 def main(argv: list[str]) -> int:
     arguments = parse(Check, argv, "check")
     sys.path.insert(0, "")  # the user's own modules, as `python -m` finds them
     console = Console()
-    wanted = [_find(arguments, name) for name in arguments.names] or [
-        (registry, name) for registry in arguments.registries for name in registry.names()
+    wanted = [_find(name) for name in arguments.names] or [
+        (registry, name) for registry in (mixers.registry, channel_mixers.registry) for name in registry.names()
     ]
     verdicts: list[Verdict] = []
     start = time.perf_counter()
@@ -74,18 +70,13 @@ def main(argv: list[str]) -> int:
     return 1 if failed else 0
 
 
-def _find(arguments: Check, name: str) -> tuple[Registry, str]:
-    sequence, channel = arguments.registries
+def _find(name: str) -> tuple[Registry, str]:
+    """The registry that holds a name; a user's own module:Class is registered as a sequence mixer."""
+    sequence, channel = mixers.registry, channel_mixers.registry
     if ":" in name:
         return sequence, sequence.load(name)
     if name in channel.names() and name not in sequence.names():
         return channel, name
     if name not in sequence.names():
-        raise UsageError(str(_unknown(name, sequence.names() + channel.names())))
+        raise unknown("mixer", name, [*sequence.names(), *channel.names()])
     return sequence, name
-
-
-def _unknown(name: str, valid: list[str]) -> Exception:
-    from bestiary.errors import unknown
-
-    return unknown("mixer", name, valid)

@@ -3,14 +3,13 @@
 import contextlib
 import io
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
+from bestiary.data.files import write_whole
 from bestiary.errors import UsageError
 
 T = TypeVar("T")
@@ -46,11 +45,5 @@ def write_json(path: Path | None, results: Any) -> None:
     """Write results for machines where `--json` asks for them, atomically."""
     if path is None:
         return
-    handle, temporary = tempfile.mkstemp(dir=path.resolve().parent, prefix=path.name)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(results, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(results, indent=2) + "\n")
     print(f"wrote {path}", file=sys.stderr)

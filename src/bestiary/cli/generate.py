@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     tokens = list(tokenizer.encode(prompt))
     if not tokens:
         raise UsageError("the prompt is empty; give --prompt at least one character")
-    decoder, found = tokenizer.stream_decoder(), []
+    decoder, found = tokenizer.detokenizer(), []
     print(prompt, end="", flush=True)
     for step in model.eval().stream(
         torch.tensor([tokens]),
@@ -67,8 +67,7 @@ def main(argv: list[str]) -> int:
     ):
         token = int(step[0])
         found.append(token)
-        if token != tokenizer.eos_id:
-            print(decoder.push(token), end="", flush=True)
+        print(decoder.add(token), end="", flush=True)
     print(decoder.finish(), flush=True)
     write_json(arguments.json, {"prompt": prompt, "text": tokenizer.decode(found), "tokens": found})
     return 0

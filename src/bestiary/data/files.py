@@ -64,11 +64,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         raise BestiaryError(f"cannot write {folder}: {error.strerror}") from error
     try:
         yield part
-        old = part.with_suffix(".old")
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(folder, old)
-        os.replace(part, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        for file in part.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        while True:
+            try:
+                os.replace(part, folder)
+                return
+            except OSError:
+                old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name, suffix=".old"))
+                os.replace(folder, old / folder.name)  # raises where the cause was another one
+                shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

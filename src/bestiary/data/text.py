@@ -36,13 +36,13 @@ def read(paths: str | Path | Sequence[str | Path], *, errors: str = "strict") ->
     """
     if errors not in ("strict", "replace"):
         raise unknown("errors", errors, ("strict", "replace"))
-    paths = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    if not paths:
+    sources = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    if not sources:
         raise UsageError("no text to read: give a file, several files or a folder")
-    documents = [read_file(file, errors=errors) for file in dict.fromkeys(_files(paths))]
+    documents = [read_file(file, errors=errors) for file in dict.fromkeys(_files(sources))]
     documents = [document for document in documents if document.text]
     if not documents:
-        raise UsageError(f"no text in {', '.join(map(str, paths))}: all files are empty")
+        raise UsageError(f"no text in {', '.join(map(str, sources))}: there is nothing but empty files")
     return documents
 
 
