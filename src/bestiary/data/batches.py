@@ -13,7 +13,7 @@ epoch sees each token at most once, and all but those before its offset and a re
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor
 from bestiary.errors import UsageError
 
 
+@runtime_checkable
 class Tokens(Protocol):
     """A sequence of ids: an int array, or `shards.Shards`."""
 

@@ -2,9 +2,10 @@
 
 import codecs
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Detokenizer(Protocol):
     """A decoder of one stream: what all calls return, joined, is what `Tokenizer.decode` gives for all ids at once.
 

@@ -3,9 +3,9 @@
 import contextlib
 import hashlib
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,44 +37,60 @@ def sha256(path: Path) -> str:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file so that a reader sees the old content or the new one, never a part; text as UTF-8."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    """Write a file so that a reader sees the old content or the new one, never a part; text as UTF-8.
+
+    Raises BestiaryError where the place cannot be written.
+    """
+    part = _sibling(path, "part")
     try:
-        with os.fdopen(handle, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
+    except OSError as error:
+        raise BestiaryError(f"cannot write {path}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill, which replaces `folder` at the end; on an error `folder` stays as it was.
+    """Yield an empty folder to fill with files, which replaces `folder` at the end; on an error that stays as it was.
 
     Raises BestiaryError where the place cannot be written.
     """
+    part = _sibling(folder, "part")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name, suffix=".part"))
-    except OSError as error:
-        raise BestiaryError(f"cannot write {folder}: {error.strerror}") from error
-    try:
+        part.mkdir(parents=True)
         yield part
         for file in part.iterdir():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-        while True:
-            try:
-                os.replace(part, folder)
-                return
-            except OSError:
-                old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name, suffix=".old"))
-                os.replace(folder, old / folder.name)  # raises where the cause was another one
-                shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
+        _move(part, folder)
+    except OSError as error:
+        raise BestiaryError(f"cannot write {folder}: {error.strerror}") from error
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        raise
+
+
+def _move(part: Path, folder: Path) -> None:
+    """Put a folder in another's place; others may be doing the same at this moment."""
+    for attempt in range(5):
+        try:
+            os.replace(part, folder)
+            return
+        except OSError:
+            if attempt == 4 or not folder.exists():
+                raise
+        old = _sibling(folder, "old")
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(folder, old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sibling(path: Path, purpose: str) -> Path:
+    """A new name beside a path, on the same disk."""
+    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.{purpose}")

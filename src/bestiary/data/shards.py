@@ -7,6 +7,7 @@ where nothing changed, and how large each file must be, which is checked before 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from bestiary.errors import BestiaryError, UsageError
 SCHEMA = 1
 INDEX = "index.json"
 SHARD_TOKENS = 1 << 28
+FILES = r"index\.json|\d{5,}\.bin"  # all that a folder of shards may hold
 DTYPES = ("uint16", "uint32")
 
 
@@ -107,7 +109,7 @@ def build(
         shard_tokens: most ids of one file.
 
     Raises:
-        UsageError: there is no document, or all are empty.
+        UsageError: there is no document, all are empty, or the folder holds other things than shards.
         BestiaryError: the folder cannot be written.
     """
     documents = [text for text in documents if text]
@@ -115,14 +117,9 @@ def build(
         raise UsageError("there is no text to tokenise")
     source = checksum(documents)
     folder = cache_folder() / "tokens" / f"{source[:16]}-{tokenizer.fingerprint}" if folder is None else Path(folder)
-    if (folder / INDEX).exists():
-        try:
-            shards = Shards(folder)
-        except BestiaryError:
-            pass  # damaged, or of another version: build it anew
-        else:
-            if (shards.index.source, shards.index.tokenizer) == (source, tokenizer.fingerprint):
-                return shards
+    known = _existing(folder)
+    if known is not None and (known.index.source, known.index.tokenizer) == (source, tokenizer.fingerprint):
+        return known
     dtype = DTYPES[tokenizer.vocab_size > 1 << 16]
     with whole_folder(folder) as part:
         files: list[tuple[str, int]] = []
@@ -133,6 +130,18 @@ def build(
         index = Index(tokenizer.fingerprint, source, text_bytes, dtype, files, ends)
         write_whole(part / INDEX, json.dumps(asdict(index)))
     return Shards(folder)
+
+
+def _existing(folder: Path) -> Shards | None:
+    """The shards in a folder, None if they are damaged or of another version; refuses to replace what are no shards."""
+    if not folder.exists():
+        return None
+    if not folder.is_dir() or any(not re.fullmatch(FILES, file.name) for file in folder.iterdir()):
+        raise UsageError(f"{folder} holds other things than token shards: give a new or an empty folder")
+    try:
+        return Shards(folder)
+    except BestiaryError:
+        return None
 
 
 def checksum(documents: Iterable[str]) -> str:

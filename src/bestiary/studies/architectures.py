@@ -1,0 +1,89 @@
+"""The architectures that `compare` takes when it is not told otherwise, as layouts of about four Transformer layers."""
+
+from dataclasses import dataclass
+
+from bestiary import mixers
+from bestiary.errors import UsageError, unknown
+from bestiary.models.layout import parse
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A named layout. `family` is a word for tables; `attends` says whether any layer reads its whole past."""
+
+    name: str
+    layout: str
+    family: str
+
+    @property
+    def attends(self) -> bool:
+        return any(layer.mixer == "attention" and not layer.options.get("window") for layer in parse(self.layout))
+
+
+KNOWN = {
+    architecture.name: architecture
+    for architecture in (
+        Architecture("attention", "attention*4", "Transformer"),
+        Architecture("mamba", "mamba*8", "state-space model"),
+        Architecture("gla", "gla*4", "gated linear attention"),
+        # a quarter linear attention, a quarter window of 64 tokens back, the rest short convolutions, as published
+        Architecture("based", "based_conv based attention{window=65} based_conv", "linear attention + window"),
+        Architecture("hyena", "hyena*4", "long convolution"),
+        Architecture("rwkv4", "rwkv4*4", "linear RNN"),
+        Architecture("striped", "(hyena*3 attention)*1", "hybrid: 3 hyena, 1 attention"),
+        Architecture("mamba2", "mamba2*8", "state-space model"),
+        Architecture("linear_attention", "linear_attention*4", "linear attention"),
+        Architecture("retnet", "retnet*4", "linear attention with decay"),
+        Architecture("delta_net", "delta_net*4", "delta rule"),
+        Architecture("gated_delta_net", "gated_delta_net*4", "gated delta rule"),
+        Architecture("s4", "s4*4", "state-space model"),
+        Architecture("s4d", "s4d*4", "state-space model"),
+        Architecture("h3", "h3*4", "state-space model"),
+        Architecture("lstm", "lstm*4", "recurrent network"),
+        Architecture("gru", "gru*4", "recurrent network"),
+        Architecture("mamba_attention", "(mamba*3 attention)*2", "hybrid: 3 mamba, 1 attention"),
+    )
+}
+DEFAULT = ("attention", "mamba", "gla", "based", "hyena", "rwkv4", "striped")
+
+
+def find(arch: str) -> Architecture:
+    """An architecture by name, or any layout as one of its own.
+
+    Raises:
+        UsageError: neither a known name nor a layout.
+    """
+    if arch in KNOWN:
+        return KNOWN[arch]
+    if arch in mixers.names():
+        return Architecture(arch, f"{arch}*4", "your mixer")
+    if arch.isidentifier():
+        raise unknown("architecture or mixer", arch, {*KNOWN, *mixers.names()})
+    layers = parse(arch)
+    kinds = sorted({layer.mixer for layer in layers})
+    return Architecture(arch, arch, "layout of " + ", ".join(kinds))
+
+
+def find_all(archs: tuple[str, ...]) -> list[Architecture]:
+    """Several architectures, each once, in order."""
+    found = [find(arch) for arch in archs or DEFAULT]
+    names = [architecture.name for architecture in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"architecture {name!r} is given twice")
+    return found
+
+
+def recall_layout(layout: str) -> str:
+    """The recall probe's layout: a short convolution, then each different layer of the layout once, none with an MLP.
+
+    So it is done in Zoology: all mixers get the convolution that compares neighbours, and differ in what they remember.
+    """
+    parts = dict.fromkeys(_bare(layer.mixer, layer.options) for layer in parse(layout) if layer.mixer != "based_conv")
+    return " ".join(["based_conv{channel=none}", *parts])
+
+
+def _bare(mixer: str, options: dict[str, object]) -> str:
+    kept = {key: value for key, value in options.items() if key != "expand"}  # `expand` only fitted the size
+    text = ", ".join(f"{key}={str(value).lower()}" for key, value in kept.items())
+    return f"{mixer}{{{text + ', ' if text else ''}channel=none}}"
