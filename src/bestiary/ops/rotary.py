@@ -1,0 +1,37 @@
+"""Rotary position embedding (Su et al., 2021, arXiv:2104.09864), the half-split layout of GPT-NeoX and Llama.
+
+    (x_i, x_{i+d/2}) <- rotation by position * base^(-2i/d) of that pair         i < d/2
+"""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from bestiary.errors import UsageError
+from bestiary.ops import dispatch
+
+
+def rotate(
+    x: Float[Tensor, "batch time heads head_dim"],
+    position: Int[Tensor, "batch time"],
+    *,
+    base: float = 10000.0,
+    dims: int | None = None,
+) -> Float[Tensor, "batch time heads head_dim"]:
+    """Turn pairs of channels by angles that grow with the position, so that q.k depends on their distance alone.
+
+    Args:
+        base: the slowest pair turns once in about 2 pi base steps.
+        dims: turn the first `dims` channels of each head only (even); None for all.
+    """
+    dims = x.shape[-1] if dims is None else dims
+    if dims % 2 or not 0 <= dims <= x.shape[-1]:
+        raise UsageError(f"dims must be even and at most the head dimension {x.shape[-1]}, not {dims}")
+    # float64: in fp32 an angle of a million radians is off by 0.06
+    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    speed = base ** -(torch.arange(0, dims, 2, dtype=exact, device=x.device) / max(dims, 1))
+    angle = position[..., None, None].to(exact) * speed
+    dtype = dispatch.wide(x.dtype)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    first, second, rest = x.to(dtype).split([dims // 2, dims // 2, x.shape[-1] - dims], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)

@@ -1,0 +1,142 @@
+"""The selective scan of Mamba (Gu & Dao 2023, arXiv:2312.00752): a diagonal state-space model with input-dependent parts.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t            per channel, h_t in R^N; A < 0
+    y_t = C_t . h_t + D u_t
+    y_t = y_t * silu(z_t)                               where a gate z is given
+
+dt passes through softplus(dt + dt_bias) first where asked. A (batch, time, channels, N) tensor is never held: the fast
+form keeps the state at the start of each chunk and computes the rest anew in the backward pass.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from bestiary.ops import dispatch
+
+CHUNK_BYTES = 1 << 20
+"""Size of a chunk's states: what the second-level cache of a core holds."""
+
+
+def selective_scan(
+    u: Float[Tensor, "batch time channels"],
+    dt: Float[Tensor, "batch time channels"],
+    A: Float[Tensor, "channels d_state"],
+    B: Float[Tensor, "batch time d_state"],
+    C: Float[Tensor, "batch time d_state"],
+    D: Float[Tensor, " channels"] | None = None,
+    *,
+    z: Float[Tensor, "batch time channels"] | None = None,
+    dt_bias: Float[Tensor, " channels"] | None = None,
+    dt_softplus: bool = False,
+    state: Float[Tensor, "batch channels d_state"] | None = None,
+    lengths: Int[Tensor, " batch"] | None = None,
+) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch channels d_state"]]:
+    """Scan a segment; returns (y, state), y in u's dtype and the state in its own, fp32 or wider.
+
+    Args:
+        A: negative; the step size dt discretises it (zero-order hold) and B (Euler).
+        D: weight of the input itself in the output; None for none.
+        z: a gate; y is multiplied by silu(z).
+        dt_bias: added to dt before softplus or use.
+        dt_softplus: pass dt through softplus.
+        state: h before this segment; None for zeros.
+        lengths: real steps of each row of a right-padded batch; padding takes no time (dt = 0).
+    """
+    if state is None:
+        shape = (*u.shape[::2], A.shape[1])
+        state = torch.zeros(shape, dtype=dispatch.wide(u.dtype, A.dtype), device=u.device)
+    dtype = state.dtype
+    with dispatch.full_precision(u):
+        wide, step = u.to(dtype), dt.to(dtype)
+        if dt_bias is not None:
+            step = step + dt_bias.to(dtype)
+        if dt_softplus:
+            step = F.softplus(step)
+        if lengths is not None:
+            real = (torch.arange(u.shape[1], device=u.device) < lengths[:, None])[..., None]
+            step = torch.where(real, step, 0)
+        scan = dispatch.choose("selective_scan", time=u.shape[1])
+        y, state = scan(wide, step, A.to(dtype), B.to(dtype), C.to(dtype), state)
+        if D is not None:
+            y = torch.addcmul(y, wide, D.to(dtype))
+        if z is not None:
+            y = y * F.silu(z.to(dtype))
+        return y.to(u.dtype), state
+
+
+@dispatch.form("selective_scan", "reference")
+def recurrent(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """Step through time, as the equation reads."""
+    outputs = []
+    for u_t, dt_t, B_t, C_t in zip(*(x.unbind(1) for x in (u, dt, B, C))):
+        state = (dt_t[..., None] * A).exp() * state + (dt_t * u_t)[..., None] * B_t[:, None]
+        outputs.append((state @ C_t[..., None])[..., 0])
+    return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(u)), state
+
+
+@dispatch.form("selective_scan", "torch")
+def chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """A chunk of states at a time, within the cache."""
+    return _Scan.apply(u, dt, A, B, C, state)
+
+
+class _Scan(torch.autograd.Function):
+    """Time comes first inside, so that each step's part of a tensor is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        chunk = _chunk_steps(state)
+        u, dt, B, C = (x.transpose(0, 1).contiguous() for x in (u, dt, B, C))
+        starts, y = [state], torch.empty_like(u)
+        for i in range(0, len(u), chunk):
+            part = slice(i, i + chunk)
+            states = _states(u[part], dt[part], A, B[part], starts[-1])[0]
+            torch.matmul(states[1:], C[part, ..., None], out=y[part, ..., None])
+            starts.append(states[-1].clone())
+        ctx.save_for_backward(u, dt, A, B, C, *starts[:-1])
+        return y.transpose(0, 1), starts[-1].clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor, ...]:
+        u, dt, A, B, C, *starts = ctx.saved_tensors
+        chunk, grad_y = _chunk_steps(grad_state), grad_y.transpose(0, 1).contiguous()
+        grads = {name: torch.empty_like(x) for name, x in (("u", u), ("dt", dt), ("B", B), ("C", C))}
+        grad_A, grad_h = torch.zeros_like(A), grad_state
+        for index in reversed(range(len(starts))):
+            part = slice(index * chunk, (index + 1) * chunk)
+            states, decays = _states(u[part], dt[part], A, B[part], starts[index])
+            grads["C"][part] = torch.einsum("tbcn,tbc->tbn", states[1:], grad_y[part])
+            flow = grad_y[part, ..., None] * C[part, :, None]  # becomes the gradient of h_t
+            for t in reversed(range(len(flow))):
+                flow[t].add_(grad_h)
+                grad_h = decays[t] * flow[t]
+            step = dt[part]
+            written = (flow @ B[part, ..., None])[..., 0]  # gradient of dt * u
+            grads["u"][part] = written * step
+            grads["B"][part] = torch.einsum("tbcn,tbc->tbn", flow, step * u[part])
+            through = flow.mul_(decays).mul_(states[:-1])  # gradient of dt * A
+            grads["dt"][part] = written * u[part] + torch.einsum("tbcn,cn->tbc", through, A)
+            grad_A += torch.einsum("tbcn,tbc->cn", through, step)
+        back = {name: grad.transpose(0, 1) for name, grad in grads.items()}
+        return back["u"], back["dt"], grad_A, back["B"], back["C"], grad_h
+
+
+def _states(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
+    """(t, B, C) ... -> h before and after each step of a chunk, (t + 1, B, C, N), and the decays, (t, B, C, N)."""
+    decays = (dt[..., None] * A).exp_()
+    states = start.new_empty(len(u) + 1, *start.shape)
+    states[0] = start
+    torch.mul((dt * u)[..., None], B[:, :, None], out=states[1:])
+    for before, after, decay in zip(states.unbind(), states.unbind()[1:], decays.unbind()):
+        after.addcmul_(decay, before)
+    return states, decays
+
+
+def _chunk_steps(state: Tensor) -> int:
+    return max(4, min(64, CHUNK_BYTES // max(1, state.numel() * state.element_size())))
