@@ -4,7 +4,7 @@ from bestiary.ops.attention import KVCache, attention, empty_cache
 from bestiary.ops.delta_rule import delta_rule, dplr
 from bestiary.ops.dispatch import active, use
 from bestiary.ops.linear_attention import linear_attention
-from bestiary.ops.rotary import rotate
+from bestiary.ops.rotary import positions, rotate
 from bestiary.ops.selective_scan import selective_scan
 from bestiary.ops.short_convolution import short_convolution
 
@@ -16,6 +16,7 @@ __all__ = [
     "dplr",
     "empty_cache",
     "linear_attention",
+    "positions",
     "rotate",
     "selective_scan",
     "short_convolution",

@@ -35,3 +35,8 @@ def rotate(
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     first, second, rest = x.to(dtype).split([dims // 2, dims // 2, x.shape[-1] - dims], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
+
+
+def positions(start: Int[Tensor, " batch"], time: int) -> Int[Tensor, "batch time"]:
+    """The positions of the next `time` steps of rows that have seen `start` steps each."""
+    return start[:, None] + torch.arange(time, device=start.device)

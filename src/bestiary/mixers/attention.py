@@ -1,0 +1,97 @@
+"""Softmax attention (Vaswani et al. 2017, arXiv:1706.03762), the baseline: its state grows with the sequence.
+
+    q_t, k_t, v_t = W_q x_t, W_k x_t, W_v x_t           split over heads; rotary positions turn q and k
+    o_t = sum_s softmax_s(q_t.k_s / sqrt(K)) v_s        over s <= t, or the last `window` steps: ops.attention
+    y_t = W_o o_t
+"""
+
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bestiary import ops
+from bestiary.errors import UsageError
+from bestiary.mixers import register
+from bestiary.mixers.base import Mixer
+from bestiary.mixers.parts import check_heads, check_rate, default_heads, gpt_init
+
+
+@register("attention")
+class Attention(Mixer):
+    """Multi-head attention with a KV cache as its state, or with the last window-1 steps.
+
+    Args:
+        d_model: width of input and output.
+        n_heads: heads of queries; by default of 64 channels (32 at small widths).
+        n_kv_heads: heads of keys and values, a divisor of n_heads; as many as n_heads by default.
+        window: steps that each step sees, itself included; None for all of the past.
+        rotary: whether positions are told by rotation; without, only the causal order tells them.
+        rotary_base: base of the rotation's wavelengths.
+        qkv_bias: whether q, k and v have biases.
+    """
+
+    cached_activations = ("keys", "values")
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_heads: int | None = None,
+        n_kv_heads: int | None = None,
+        window: int | None = None,
+        rotary: bool = True,
+        rotary_base: float = 10000.0,
+        qkv_bias: bool = False,
+        n_layers: int = 1,
+    ):
+        super().__init__(d_model)
+        self.n_heads = default_heads(d_model) if n_heads is None else n_heads
+        check_heads(self.n_heads, d_model=d_model)
+        self.n_kv_heads = self.n_heads if n_kv_heads is None else n_kv_heads
+        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+            raise UsageError(f"n_kv_heads={self.n_kv_heads} must divide n_heads={self.n_heads}")
+        if window is not None and window < 1:
+            raise UsageError(f"window must be at least 1, not {window}")
+        check_rate(rotary_base=rotary_base)
+        self.head_dim, self.window, self.rotary, self.rotary_base = d_model // self.n_heads, window, rotary, rotary_base
+        if rotary and self.head_dim % 2:
+            raise UsageError(f"rotary positions need an even head dimension, not {self.head_dim}")
+        self.n_layers = n_layers
+        self.qkv = nn.Linear(d_model, d_model + 2 * self.n_kv_heads * self.head_dim, bias=qkv_bias)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        gpt_init(self.qkv, self.d_model)
+        gpt_init(self.out, self.d_model, residuals=2 * self.n_layers)
+
+    def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> ops.KVCache:
+        return ops.empty_cache(
+            batch_size,
+            self.n_kv_heads,
+            self.head_dim,
+            self.head_dim,
+            window=self.window,
+            dtype=self.out.weight.dtype if dtype is None else dtype,
+            device=self.own_device(device),
+        )
+
+    def state_nbytes(self, time: int) -> int:
+        slots = time if self.window is None else self.window - 1
+        return slots * 2 * self.n_kv_heads * self.head_dim * 4 + 8
+
+    def mixing_flops(self, context: int) -> float:
+        seen = (context + 1) / 2 if self.window is None or self.window > context else float(self.window)
+        return 4 * self.d_model * seen
+
+    def mix(
+        self, x: Float[Tensor, "batch time d_model"], state: ops.KVCache, lengths: Int[Tensor, " batch"] | None
+    ) -> tuple[Float[Tensor, "batch time d_model"], ops.KVCache]:
+        width = self.n_kv_heads * self.head_dim
+        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in self.qkv(x).split([self.d_model, width, width], -1))
+        if self.rotary:
+            position = ops.positions(state.position, x.shape[1])
+            q, k = (ops.rotate(z, position, base=self.rotary_base) for z in (q, k))
+        o, state = ops.attention(q, k, v, window=self.window, state=state, lengths=lengths)
+        return self.out(o.flatten(-2)), state

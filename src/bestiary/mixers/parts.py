@@ -1,0 +1,120 @@
+"""What several mixers share beside an op: a short convolution with its weights, head counts, initialisations."""
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bestiary import ops
+from bestiary.errors import UsageError
+
+
+class ShortConvolution(nn.Module):
+    """`ops.short_convolution` with weights of its own, drawn as nn.Conv1d draws a depthwise convolution's.
+
+    Args:
+        channels: number of channels, each with its own filter.
+        taps: length of the filters.
+        bias: whether a bias is added.
+        activation: None or "silu", applied to the result.
+    """
+
+    def __init__(self, channels: int, taps: int, *, bias: bool = False, activation: str | None = None):
+        super().__init__()
+        if taps < 1:
+            raise UsageError(f"conv_kernel must be at least 1, not {taps}")
+        self.activation = activation
+        self.weight = nn.Parameter(torch.empty(channels, taps))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def initial_state(
+        self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str
+    ) -> Float[Tensor, "batch history channels"]:
+        """No inputs yet: zeros."""
+        return torch.zeros(batch_size, self.weight.shape[1] - 1, self.weight.shape[0], dtype=dtype, device=device)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch time channels"],
+        state: Float[Tensor, "batch history channels"] | None,
+        lengths: Int[Tensor, " batch"] | None = None,
+    ) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch history channels"]]:
+        return ops.short_convolution(
+            x, self.weight, self.bias, activation=self.activation, state=state, lengths=lengths
+        )
+
+    def flops(self) -> float:
+        """Forward FLOPs a step."""
+        return 2.0 * self.weight.numel()
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm that computes in its weight's dtype, whatever autocast hands it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if self.weight is None else x.to(self.weight.dtype)).to(x.dtype)
+
+
+def default_heads(d_model: int) -> int:
+    """Heads of 64 channels, as is usual, or of 32 at small or odd widths."""
+    return d_model // 64 if d_model >= 256 and d_model % 64 == 0 else d_model // 32
+
+
+def check_heads(n_heads: int, **widths: int) -> None:
+    """One clear error for a number of heads that does not divide these widths."""
+    for name, width in widths.items():
+        if n_heads < 1 or width < 1 or width % n_heads:
+            raise UsageError(f"n_heads={n_heads} must divide {name}={width}")
+
+
+def check_rate(**rates: float) -> dict[str, float]:
+    """One clear error for options that must be positive."""
+    for name, value in rates.items():
+        if not value > 0:
+            raise UsageError(f"{name} must be positive, not {value}")
+    return rates
+
+
+def gpt_init(linear: nn.Linear, d_model: int, *, residuals: int = 1) -> None:
+    """GPT-2's normal distribution: 0.02 at its width 768, scaled by 1/sqrt(width) to others.
+
+    Args:
+        residuals: how many layers write into the residual path; a map that does so is divided by their root.
+    """
+    nn.init.normal_(linear.weight, std=0.02 * math.sqrt(768 / d_model / residuals))
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+def xavier_init(linear: nn.Linear, *, gain: float = 2**-2.5) -> None:
+    """The uniform initialisation of RetNet's authors, kept by GLA and the delta-rule layers."""
+    nn.init.xavier_uniform_(linear.weight, gain=gain)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+
+
+@torch.no_grad()
+def dt_bias_init(bias: Tensor, *, dt_min: float = 1e-3, dt_max: float = 1e-1, dt_floor: float = 1e-4) -> None:
+    """Mamba's: softplus(bias) is log-uniform between dt_min and dt_max."""
+    dt = torch.rand_like(bias, dtype=torch.float32) * (math.log(dt_max) - math.log(dt_min)) + math.log(dt_min)
+    dt = dt.exp().clamp(min=dt_floor)
+    bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
+def no_weight_decay(*parameters: nn.Parameter) -> None:
+    """Mark parameters that an optimiser must not pull towards zero."""
+    for parameter in parameters:
+        parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+
+def unit(x: Float[Tensor, "*batch channels"], eps: float = 1e-6) -> Float[Tensor, "*batch channels"]:
+    """Vectors of length one along the last dimension; zero stays zero."""
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
