@@ -39,7 +39,9 @@ def test_law(law: Law, registry, name: str) -> None:
     worst = Verdict(name, law.name, 0.0, law.tolerance, 0)
 
     @seed(20231203)
-    @settings(max_examples=10, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=10, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+    )
     @given(case=cases(registry, name))
     def holds(case: Case) -> None:
         nonlocal worst

@@ -27,7 +27,9 @@ def test_costs_are_what_the_model_holds(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_projections_flops_are_those_that_the_counter_sees(name: str) -> None:
     mixer = bestiary.mixers.build(name, 64)
-    linears = [module for module in mixer.modules() if isinstance(module, nn.Linear) and not hasattr(module, "is_filter")]
+    linears = [
+        module for module in mixer.modules() if isinstance(module, nn.Linear) and not hasattr(module, "is_filter")
+    ]
     counted = 0
     with torch.no_grad():
         for linear in linears:
@@ -39,5 +41,8 @@ def test_the_projections_flops_are_those_that_the_counter_sees(name: str) -> Non
 
 def test_attention_costs_grow_with_the_context_and_a_recurrence_costs_the_same() -> None:
     attention, gla = (total(costs(LanguageModel(ModelConfig(f"{name}*1", 64)))) for name in ("attention", "gla"))
-    assert attention.flops[32768] > 2 * attention.flops[256] and attention.state_bytes[32768] == 128 * attention.state_bytes[256]
+    assert (
+        attention.flops[32768] > 2 * attention.flops[256]
+        and attention.state_bytes[32768] == 128 * attention.state_bytes[256]
+    )
     assert gla.flops[32768] == gla.flops[256] and gla.state_bytes[32768] == gla.state_bytes[256]

@@ -23,7 +23,11 @@ def model() -> LanguageModel:
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3}],
+    [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.3},
+    ],
     ids=["greedy", "sampled", "filtered"],
 )
 def test_batched_is_alone_token_for_token(model, how: dict) -> None:

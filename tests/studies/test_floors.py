@@ -28,7 +28,9 @@ def by_definition(train: bytes, text: bytes, order: int) -> float:
 def test_the_ngram_floor_is_witten_bell_interpolation() -> None:
     train, text = b"abracadabra, said the abracadaver" * 3, b"abrakadabra \xff"
     for order in (1, 2, 3, 6, 8):
-        assert math.isclose(ngram_bits_per_byte(train, text, order=order), by_definition(train, text, order), rel_tol=1e-12)
+        assert math.isclose(
+            ngram_bits_per_byte(train, text, order=order), by_definition(train, text, order), rel_tol=1e-12
+        )
 
 
 def test_ngram_probabilities_sum_to_one() -> None:

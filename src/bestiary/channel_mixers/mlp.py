@@ -1,7 +1,7 @@
 """Position-wise networks: the GELU MLP of GPT-2 and the gated SwiGLU of Llama (Shazeer 2020, arXiv:2002.05202).
 
-    gelu_mlp    y = W_2 gelu(W_1 x + b_1) + b_2
-    swiglu      y = W_3 (silu(W_1 x) * W_2 x)
+gelu_mlp    y = W_2 gelu(W_1 x + b_1) + b_2
+swiglu      y = W_3 (silu(W_1 x) * W_2 x)
 """
 
 from torch import Tensor, nn

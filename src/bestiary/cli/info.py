@@ -57,7 +57,9 @@ def main(argv: list[str]) -> int:
     parts = costs(model, arguments.contexts)
     config = model.config
     console.print(_table(parts, arguments.contexts, f"{config.layout}, d_model {config.d_model}"))
-    console.print("FLOPs: forward, a multiply-add being two; training takes three times as many. State: fp32, one sequence.")
+    console.print(
+        "FLOPs: forward, a multiply-add being two; training takes three times as many. State: fp32, one sequence."
+    )
     write_json(arguments.json, {"config": config.to_dict(), "parts": [asdict(part) for part in [*parts, total(parts)]]})
     return 0
 

@@ -1,8 +1,8 @@
 """Softmax attention (Vaswani et al. 2017, arXiv:1706.03762), the baseline: its state grows with the sequence.
 
-    q_t, k_t, v_t = W_q x_t, W_k x_t, W_v x_t           split over heads; rotary positions turn q and k
-    o_t = sum_s softmax_s(q_t.k_s / sqrt(K)) v_s        over s <= t, or the last `window` steps: ops.attention
-    y_t = W_o o_t
+q_t, k_t, v_t = W_q x_t, W_k x_t, W_v x_t           split over heads; rotary positions turn q and k
+o_t = sum_s softmax_s(q_t.k_s / sqrt(K)) v_s        over s <= t, or the last `window` steps: ops.attention
+y_t = W_o o_t
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
 """DeltaNet (Schlag et al. 2021, arXiv:2102.11174; Yang et al. 2024, arXiv:2406.06484).
 
-    q_t, k_t, v_t = silu(conv(W x))_t                     short convolutions; q, k scaled to unit length; split over heads
-    beta_t = sigmoid(W_beta x_t)                          how far what the key recalls is replaced
-    S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        the recurrence: ops.delta_rule
-    y_t = W_o RMSNorm(S_t^T q_t / sqrt(K))
+q_t, k_t, v_t = silu(conv(W x))_t                     short convolutions; q, k scaled to unit length; split over heads
+beta_t = sigmoid(W_beta x_t)                          how far what the key recalls is replaced
+S_t = (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T        the recurrence: ops.delta_rule
+y_t = W_o RMSNorm(S_t^T q_t / sqrt(K))
 """
 
 from typing import Any, NamedTuple

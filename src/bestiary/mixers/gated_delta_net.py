@@ -1,10 +1,10 @@
 """Gated DeltaNet (Yang, Kautz & Hatamizadeh 2024, arXiv:2412.06464): the delta rule with Mamba-2's decay.
 
-    q_t, k_t, v_t = silu(conv(W x))_t                     short convolutions; q, k scaled to unit length; split over heads
-    beta_t = sigmoid(W_beta x_t)                          how far what the key recalls is replaced
-    g_t = -exp(A_log) softplus(W_a x_t + dt_bias)         log-decay, one number a head
-    S_t = (I - beta_t k_t k_t^T) exp(g_t) S_{t-1} + beta_t k_t v_t^T        the recurrence: ops.delta_rule
-    y_t = W_o (RMSNorm(S_t^T q_t / sqrt(K)) * silu(W_g x_t))
+q_t, k_t, v_t = silu(conv(W x))_t                     short convolutions; q, k scaled to unit length; split over heads
+beta_t = sigmoid(W_beta x_t)                          how far what the key recalls is replaced
+g_t = -exp(A_log) softplus(W_a x_t + dt_bias)         log-decay, one number a head
+S_t = (I - beta_t k_t k_t^T) exp(g_t) S_{t-1} + beta_t k_t v_t^T        the recurrence: ops.delta_rule
+y_t = W_o (RMSNorm(S_t^T q_t / sqrt(K)) * silu(W_g x_t))
 """
 
 from typing import Any, NamedTuple

@@ -1,9 +1,9 @@
 """Gated linear attention (Yang et al. 2023, arXiv:2312.06635).
 
-    q_t, k_t, v_t = W_q x_t, W_k x_t, W_v x_t            split over heads
-    g_t = logsigmoid(W_2 W_1 x_t + b) / tau              log-decay of each key channel, low rank
-    S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T             the recurrence: ops.linear_attention
-    y_t = W_o (RMSNorm(S_t^T q_t / sqrt(K)) * silu(W_g x_t))
+q_t, k_t, v_t = W_q x_t, W_k x_t, W_v x_t            split over heads
+g_t = logsigmoid(W_2 W_1 x_t + b) / tau              log-decay of each key channel, low rank
+S_t = diag(exp(g_t)) S_{t-1} + k_t v_t^T             the recurrence: ops.linear_attention
+y_t = W_o (RMSNorm(S_t^T q_t / sqrt(K)) * silu(W_g x_t))
 """
 
 from typing import Any, NamedTuple

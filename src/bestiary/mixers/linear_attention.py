@@ -1,8 +1,8 @@
 """Linear attention with the feature map elu + 1 (Katharopoulos et al. 2020, arXiv:2006.16236).
 
-    q_t, k_t, v_t = phi(W_q x_t), phi(W_k x_t), W_v x_t          phi = elu + 1, split over heads
-    S_t = S_{t-1} + k_t v_t^T,  z_t = z_{t-1} + k_t              ops.linear_attention without decay
-    y_t = W_o (S_t^T q_t / (z_t.q_t + eps))
+q_t, k_t, v_t = phi(W_q x_t), phi(W_k x_t), W_v x_t          phi = elu + 1, split over heads
+S_t = S_{t-1} + k_t v_t^T,  z_t = z_{t-1} + k_t              ops.linear_attention without decay
+y_t = W_o (S_t^T q_t / (z_t.q_t + eps))
 """
 
 from typing import Any, NamedTuple

@@ -1,10 +1,10 @@
 """Mamba, the selective state-space model S6 (Gu & Dao 2023, arXiv:2312.00752).
 
-    x, z = W_in u                                         d_inner = expand * d_model channels each
-    x = silu(conv(x))                                     causal, depthwise, 4 taps
-    dt, B, C = W_x x;   dt = softplus(W_dt dt + b)        the parts that depend on the input
-    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t              A = -exp(A_log), diagonal: ops.selective_scan
-    y = W_out ((C_t.h_t + D x_t) * silu(z_t))
+x, z = W_in u                                         d_inner = expand * d_model channels each
+x = silu(conv(x))                                     causal, depthwise, 4 taps
+dt, B, C = W_x x;   dt = softplus(W_dt dt + b)        the parts that depend on the input
+h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t              A = -exp(A_log), diagonal: ops.selective_scan
+y = W_out ((C_t.h_t + D x_t) * silu(z_t))
 """
 
 import math
@@ -57,7 +57,9 @@ class Mamba(Mixer):
         self.d_inner, self.d_state, self.n_layers = int(expand * d_model), d_state, n_layers
         self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         if min(self.d_inner, d_state, self.dt_rank) < 1:
-            raise UsageError(f"expand={expand}, d_state={d_state} and dt_rank={dt_rank} must give at least one channel each")
+            raise UsageError(
+                f"expand={expand}, d_state={d_state} and dt_rank={dt_rank} must give at least one channel each"
+            )
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
         self.conv = ShortConvolution(self.d_inner, conv_kernel, bias=True, activation="silu")
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)

@@ -1,10 +1,10 @@
 """Mamba-2, state-space duality (Dao & Gu 2024, arXiv:2405.21060): Mamba with one decay a head, so a linear attention.
 
-    z, x, B, C, dt = W_in u                               x: heads of P channels; B, C: N channels, shared by a group of heads
-    x, B, C = silu(conv([x, B, C]))                       causal, depthwise, 4 taps
-    dt = softplus(dt + b),  A = -exp(A_log)               one number a head
-    h_t = exp(dt_t A) h_{t-1} + B_t (dt_t x_t)^T          ops.linear_attention with q = C, k = B, v = dt x
-    y = W_out RMSNorm((h_t^T C_t + D x_t) * silu(z_t))
+z, x, B, C, dt = W_in u                               x: heads of P channels; B, C: N channels, shared by a group of heads
+x, B, C = silu(conv([x, B, C]))                       causal, depthwise, 4 taps
+dt = softplus(dt + b),  A = -exp(A_log)               one number a head
+h_t = exp(dt_t A) h_{t-1} + B_t (dt_t x_t)^T          ops.linear_attention with q = C, k = B, v = dt x
+y = W_out RMSNorm((h_t^T C_t + D x_t) * silu(z_t))
 """
 
 import math

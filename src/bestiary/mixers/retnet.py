@@ -1,8 +1,8 @@
 """Multi-scale retention (Sun et al. 2023, RetNet, arXiv:2307.08621).
 
-    q_t, k_t, v_t = W_q x_t, W_k x_t, W_v x_t            split over heads; rotation by position turns q and k
-    S_t = gamma_h S_{t-1} + k_t v_t^T                    gamma_h = 1 - 2^(-5-h), h = 0 ... H-1: ops.linear_attention
-    y_t = W_o (RMSNorm(S_t^T q_t / sqrt(K)) * silu(W_g x_t))
+q_t, k_t, v_t = W_q x_t, W_k x_t, W_v x_t            split over heads; rotation by position turns q and k
+S_t = gamma_h S_{t-1} + k_t v_t^T                    gamma_h = 1 - 2^(-5-h), h = 0 ... H-1: ops.linear_attention
+y_t = W_o (RMSNorm(S_t^T q_t / sqrt(K)) * silu(W_g x_t))
 """
 
 import math

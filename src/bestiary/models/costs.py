@@ -26,7 +26,9 @@ def costs(model: LanguageModel, contexts: Sequence[int] = CONTEXTS) -> list[Cost
     config = model.config
     head = config.vocab_size * config.d_model
     tied = head if config.tie_embeddings else 2 * head
-    ends = Cost("embedding, head", tied + _count(model.norm), {c: 2.0 * head for c in contexts}, dict.fromkeys(contexts, 0))
+    ends = Cost(
+        "embedding, head", tied + _count(model.norm), {c: 2.0 * head for c in contexts}, dict.fromkeys(contexts, 0)
+    )
     return [ends, *(_layer_cost(block, contexts) for block in model.blocks)]  # type: ignore[arg-type]
 
 

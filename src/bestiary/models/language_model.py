@@ -1,7 +1,7 @@
 """A causal language model: embedding, pre-norm residual blocks, norm, head.
 
-    x = x + mixer(norm(x));   x = x + channel_mixer(norm(x))      per layer (the second where the layer has one)
-    logits = head(norm(x))
+x = x + mixer(norm(x));   x = x + channel_mixer(norm(x))      per layer (the second where the layer has one)
+logits = head(norm(x))
 """
 
 import hashlib
@@ -100,8 +100,14 @@ class LanguageModel(nn.Module):
         cu_seqlens: Int[Tensor, " bounds"] | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], ModelState]:
         """What the head sees: the normed output of the last block."""
-        if tokens.device.type == "cpu" and tokens.numel() and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size:
-            raise UsageError(f"token ids must lie in 0..{self.config.vocab_size - 1}, got {tokens.min()}..{tokens.max()}")
+        if (
+            tokens.device.type == "cpu"
+            and tokens.numel()
+            and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size
+        ):
+            raise UsageError(
+                f"token ids must lie in 0..{self.config.vocab_size - 1}, got {tokens.min()}..{tokens.max()}"
+            )
         if state is not None and len(state.layers) != len(self.blocks):
             raise UsageError(f"the state has {len(state.layers)} layers, the model {len(self.blocks)}")
         x, after = self.embedding(tokens), []

@@ -63,7 +63,9 @@ def _word(layer: Layer) -> str:
     if layer.channel != mixers.get(layer.mixer).channel_mixer:
         options["channel"] = layer.channel
     options |= {f"channel.{key}": value for key, value in layer.channel_options.items()}
-    text = ", ".join(f"{key}={str(value).lower() if value in (True, False, None) else value}" for key, value in options.items())
+    text = ", ".join(
+        f"{key}={str(value).lower() if value in (True, False, None) else value}" for key, value in options.items()
+    )
     return f"{layer.mixer}{{{text}}}" if text else layer.mixer
 
 
@@ -76,7 +78,9 @@ def _tokens(layout: str) -> list[_Token]:
     while position < end:
         match = TOKEN.match(layout, position)
         if match is None:
-            raise _broken(layout, ("", "", position + len(layout[position:]) - len(layout[position:].lstrip())), "unexpected")
+            raise _broken(
+                layout, ("", "", position + len(layout[position:]) - len(layout[position:].lstrip())), "unexpected"
+            )
         kind = str(match.lastgroup)
         found.append((kind, match[kind], match.start(kind)))
         position = match.end()
@@ -149,7 +153,9 @@ def _layer(name: str, options: dict[str, Any]) -> Layer:
     channel = options.get("channel", cls.channel_mixer)
     inner = {key.removeprefix("channel."): value for key, value in options.items() if key.startswith("channel.")}
     if channel is None and inner:
-        raise UsageError(f"mixer {name!r} has no channel mixer here, so {sorted(inner)} cannot be set; add channel=NAME")
+        raise UsageError(
+            f"mixer {name!r} has no channel mixer here, so {sorted(inner)} cannot be set; add channel=NAME"
+        )
     if channel is not None:
         for key in inner:
             if key not in channel_mixers.options(str(channel)):

@@ -68,9 +68,7 @@ def probabilities(logits: Float[Tensor, "batch vocab"], how: Sampling) -> Float[
     return kept / kept.sum(1, keepdim=True)
 
 
-def draw(
-    distribution: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"]
-) -> Int[Tensor, " batch"]:
+def draw(distribution: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
     """The token at which the cumulative distribution passes a uniform number: one number a row, whatever the vocabulary."""
     cumulative = distribution.double().cumsum(1)
     token = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]

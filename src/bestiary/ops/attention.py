@@ -63,7 +63,8 @@ def attention(
     place = state.position[:, None] + step
     if not state.keys.shape[1] or not state.position.any():  # the segment is all there is to see
         after = _remember(state, k, v, window, lengths)
-        keys, values, slot, before = k, v, step.expand(batch, time), 0
+        place = step.expand(batch, time)
+        keys, values, slot, before = k, v, place, 0
     else:
         q = q.to(state.keys.dtype)
         if window is None:
@@ -76,7 +77,7 @@ def attention(
             values = torch.cat([state.values, v.to(state.values.dtype)], dim=1)
             after = _remember(state, k, v, window, lengths)
             before = window - 1
-            slot = place[:, :1] - before + torch.arange(before + time, device=q.device)
+            slot = state.position[:, None] - before + torch.arange(before + time, device=q.device)
     o = dispatch.choose("attention", time=time)(q, keys, values, slot, place, before, window, scale)
     return o.to(v.dtype), after
 
@@ -170,7 +171,9 @@ def _remember(cache: KVCache, k: Tensor, v: Tensor, window: int | None, lengths:
     if states.may_write():
         keys, values = (_write(old, new, cache.position, position) for old, new in ((cache.keys, k), (cache.values, v)))
     else:
-        keys, values = (_append(old, new, cache.position, position) for old, new in ((cache.keys, k), (cache.values, v)))
+        keys, values = (
+            _append(old, new, cache.position, position) for old, new in ((cache.keys, k), (cache.values, v))
+        )
     return KVCache(keys, values, position)
 
 

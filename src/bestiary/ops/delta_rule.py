@@ -142,7 +142,9 @@ def dplr_recurrent(
     outputs = []
     for r_t, w_t, k_t, v_t, a_t, b_t in zip(*(x.unbind(1) for x in (r, w, k, v, a, b))):
         recalled = torch.einsum("bhk,bhkv->bhv", a_t, state)
-        state = w_t.exp()[..., None] * state + b_t[..., None] * recalled[..., None, :] + k_t[..., None] * v_t[..., None, :]
+        state = (
+            w_t.exp()[..., None] * state + b_t[..., None] * recalled[..., None, :] + k_t[..., None] * v_t[..., None, :]
+        )
         outputs.append(torch.einsum("bhk,bhkv->bhv", r_t, state))
     return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v)), state
 

@@ -35,7 +35,7 @@ def linear_attention(
     v: Float[Tensor, "batch time heads value_dim"],
     log_decay: Float[Tensor, "..."] | None = None,
     *,
-    bonus: Float[Tensor, "heads key_dim"] | None = None,
+    bonus: Float[Tensor, "bonus_heads bonus_dim"] | None = None,
     scale: float | None = None,
     normalise: bool = False,
     eps: float = 1e-6,
@@ -46,7 +46,7 @@ def linear_attention(
     Args:
         q, k: may have fewer heads than v, each then serving several of its heads, side by side (Mamba-2's groups).
         log_decay: None, (heads,), (batch, time, heads) or (batch, time, heads, key_dim); at most 0.
-        bonus: the weight of the current step's key channels, which then replaces its plain reading.
+        bonus: (heads, key_dim), the weight of the current step's key channels, which then replaces its plain reading.
         scale: of the queries; None for key_dim ** -0.5.
         normalise: divide by the reading of ones plus `eps`; the state then has value_dim + 1 columns.
         state: the memory before this segment, fp32 or wider; None for zeros.

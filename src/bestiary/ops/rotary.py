@@ -1,6 +1,6 @@
 """Rotary position embedding (Su et al., 2021, arXiv:2104.09864), the half-split layout of GPT-NeoX and Llama.
 
-    (x_i, x_{i+d/2}) <- rotation by position * base^(-2i/d) of that pair         i < d/2
+(x_i, x_{i+d/2}) <- rotation by position * base^(-2i/d) of that pair         i < d/2
 """
 
 import torch

@@ -89,7 +89,9 @@ class _Scan(torch.autograd.Function):
     """Time comes first inside, so that each step's part of a tensor is contiguous."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         chunk = _chunk_steps(state)
         u, dt, B, C = (x.transpose(0, 1).contiguous() for x in (u, dt, B, C))
         starts, y = [state], torch.empty_like(u)

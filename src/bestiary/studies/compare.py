@@ -203,7 +203,9 @@ class _Study:
         timings: dict[tuple[str, str], float] = {}
         pool = self._pool()
         for name, config in configs.items():
-            pool.add(self._text_job(name, config, self.config.learning_rates[0], 0, Plan(10**6, 1, 1), until=0, timing=True))
+            pool.add(
+                self._text_job(name, config, self.config.learning_rates[0], 0, Plan(10**6, 1, 1), until=0, timing=True)
+            )
             pool.add(self._recall_job(name, self.config.learning_rates[0], 0, steps=0, timing=True))
         for job, result in pool.results(lambda: None):
             timings[job.kind, job.arch] = result["seconds_per_step"]
@@ -237,7 +239,11 @@ class _Study:
             started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             config=dataclasses.asdict(self.config),
             machine=speed.machine() | {"workers": self.workers},
-            versions={"bestiary": bestiary.__version__, "torch": torch.__version__, "python": platform.python_version()},
+            versions={
+                "bestiary": bestiary.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
             corpus=self.data.description,
             tokens=plan.steps * batches.batch_size * batches.time,
             steps=plan.steps,
@@ -290,7 +296,9 @@ class _Study:
             data=self.data.spec(self.config),
         )
 
-    def _recall_job(self, arch: str, lr: float, seed: int, *, steps: int, until: int = 0, timing: bool = False) -> "jobs.Job":
+    def _recall_job(
+        self, arch: str, lr: float, seed: int, *, steps: int, until: int = 0, timing: bool = False
+    ) -> "jobs.Job":
         layout = next(a.layout for a in self.architectures if a.name == arch)
         config = ModelConfig(recall_layout(layout), 64, self.recall.vocab_size, norm="layer", embedding_std=0.125)
         return jobs.Job(
@@ -367,7 +375,11 @@ class _Study:
             prompt = tokenizer.encode(SAMPLE_PROMPT).tolist()
             tokens = model.eval().generate([prompt], max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=0)[0]
             self.records.add(
-                kind="sample", arch=name, prompt=SAMPLE_PROMPT, text=tokenizer.decode(tokens[len(prompt) :]), temperature=0.8
+                kind="sample",
+                arch=name,
+                prompt=SAMPLE_PROMPT,
+                text=tokenizer.decode(tokens[len(prompt) :]),
+                temperature=0.8,
             )
 
 
@@ -391,4 +403,8 @@ def _safe(name: str) -> str:
     import hashlib
 
     plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-    return plain if plain.replace("-", " ") == name and len(plain) < 80 else plain[:60] + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return (
+        plain
+        if plain.replace("-", " ") == name and len(plain) < 80
+        else plain[:60] + hashlib.sha256(name.encode()).hexdigest()[:8]
+    )

@@ -31,7 +31,9 @@ def fit(layout: str, parameters: int, *, vocab_size: int = 256) -> ModelConfig:
     Raises:
         UsageError: the smallest or the widest model is still more than a factor of two away.
     """
-    sizes = {d_model: count(ModelConfig(layout, d_model, vocab_size)) for d_model in _widths(layout, parameters, vocab_size)}
+    sizes = {
+        d_model: count(ModelConfig(layout, d_model, vocab_size)) for d_model in _widths(layout, parameters, vocab_size)
+    }
     closest = min(sizes, key=lambda d_model: abs(sizes[d_model] - parameters))
     if not 0.5 <= sizes[closest] / parameters <= 2:
         raise UsageError(

@@ -41,7 +41,9 @@ class Pool:
                     job = self.running.pop(future)
                     yield job, future.result()
         except BrokenProcessPool as error:
-            raise BestiaryError("a worker process was killed (out of memory?); run the same command to go on") from error
+            raise BestiaryError(
+                "a worker process was killed (out of memory?); run the same command to go on"
+            ) from error
         finally:
             self.close()
 

@@ -48,12 +48,18 @@ def read_task(path: str | Path, *, held_out: float = 0.1) -> tuple[list[Example]
             example = Example(entry["prompt"], entry["answer"])
         except (json.JSONDecodeError, KeyError, TypeError):
             example = Example("", "")
-        if not isinstance(example.prompt, str) or not isinstance(example.answer, str) or not (example.prompt and example.answer):
+        if (
+            not isinstance(example.prompt, str)
+            or not isinstance(example.answer, str)
+            or not (example.prompt and example.answer)
+        ):
             raise UsageError(f'{path}, line {number}: wanted {{"prompt": "...", "answer": "..."}} with text in both')
         share = int.from_bytes(hashlib.sha256(example.prompt.encode()).digest()[:8], "big") / 2**64
         sides[share < held_out].append(example)
     if not sides[0] or not sides[1]:
-        raise UsageError(f"{path}: {len(sides[0])} examples to train on and {len(sides[1])} held out; give more of them")
+        raise UsageError(
+            f"{path}: {len(sides[0])} examples to train on and {len(sides[1])} held out; give more of them"
+        )
     return sides
 
 
@@ -63,7 +69,9 @@ class TaskBatches:
     Rows are padded at their end, where a causal model cannot be disturbed and no target stands.
     """
 
-    def __init__(self, examples: list[Example], tokenizer: Tokenizer, *, batch_size: int, seed: int = 0, longest: int = 2048):
+    def __init__(
+        self, examples: list[Example], tokenizer: Tokenizer, *, batch_size: int, seed: int = 0, longest: int = 2048
+    ):
         self.rows = [encode(example, tokenizer) for example in examples]
         width = max(len(tokens) for tokens, _ in self.rows)
         if width > longest:
@@ -98,7 +106,9 @@ def pad(rows: list[tuple[list[int], int]], width: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def score(model: LanguageModel, examples: list[Example], tokenizer: Tokenizer, *, batch_size: int = 32) -> dict[str, Any]:
+def score(
+    model: LanguageModel, examples: list[Example], tokenizer: Tokenizer, *, batch_size: int = 32
+) -> dict[str, Any]:
     """Exact match of greedy answers, and nats and bits per byte of the true ones, over all examples."""
     model.eval()
     matches, nats, size = 0, 0.0, 0
