@@ -53,7 +53,7 @@ class Registry(Generic[C]):
 
     def options(self, name: str) -> dict[str, Any]:
         """Options of a part and their defaults (inspect.Parameter.empty where there is none)."""
-        parameters = list(inspect.signature(self.get(name).__init__).parameters.values())[2:]  # after self, d_model
+        parameters = list(inspect.signature(self.get(name)).parameters.values())[1:]  # after d_model
         return {p.name: p.default for p in parameters if p.name not in CONTEXT}
 
     def build(self, name: str, d_model: int, *, layer_index: int = 0, n_layers: int = 1, **options: Any) -> Any:
@@ -66,7 +66,7 @@ class Registry(Generic[C]):
         for option in options:
             if option not in valid:
                 raise unknown(f"option of {self.kind} {name!r}:", option, valid)
-        accepted = inspect.signature(cls.__init__).parameters
+        accepted = inspect.signature(cls).parameters
         place = {"layer_index": layer_index, "n_layers": n_layers}
         try:
             return cls(d_model, **options, **{key: value for key, value in place.items() if key in accepted})

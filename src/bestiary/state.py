@@ -60,7 +60,12 @@ def map_tensors(function: Callable[..., Tensor], state: State, *others: State) -
 def tensors(state: State) -> list[Tensor]:
     """All tensors of a state, in order."""
     found: list[Tensor] = []
-    map_tensors(lambda tensor: found.append(tensor) or tensor, state)
+
+    def note(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(note, state)
     return found
 
 
@@ -178,7 +183,7 @@ def _describe(state: State, name: str, flat: dict[str, Tensor]) -> Any:
     if isinstance(state, Tensor):
         flat[name] = state
         return "tensor"
-    if hasattr(state, "_fields"):
+    if isinstance(state, tuple) and hasattr(state, "_fields"):
         if _types.get(type(state).__name__) is not type(state):
             raise UsageError(f"{type(state).__name__} is not registered: decorate it with @bestiary.state.register")
         parts = {field: _describe(part, f"{name}.{field}", flat) for field, part in zip(state._fields, state)}

@@ -1,5 +1,6 @@
 """One random experiment on a mixer: its parameters, its inputs, and where the sequence is cut."""
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,4 +80,4 @@ class Case:
     def segments(self) -> list[slice]:
         """The slices of time between the cuts."""
         bounds = [0, *self.cuts, self.time]
-        return [slice(a, b) for a, b in zip(bounds, bounds[1:])]
+        return [slice(a, b) for a, b in itertools.pairwise(bounds)]

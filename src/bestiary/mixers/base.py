@@ -40,7 +40,8 @@ class Mixer(nn.Module):
         """The mixer's equation on a segment: (batch, time, d_model), state, lengths or None -> y, state.
 
         With `lengths`, x is zero past each row's length, and steps there must leave no trace in the state. (Projections
-        with a bias and convolutions make padding non-zero again: select it away, with `keep_real`, before what remembers.)
+        with a bias and convolutions make padding non-zero again: select it away, with `keep_real`, before anything
+        remembers it.)
         """
         raise NotImplementedError
 
@@ -151,7 +152,7 @@ def real_steps(lengths: Int[Tensor, " batch"], time: int) -> Bool[Tensor, "batch
 
 
 def keep_real(x: Tensor, lengths: Int[Tensor, " batch"] | None, fill: float = 0.0) -> Tensor:
-    """Padding selected away (never multiplied away: NaN * 0 is NaN): (batch, time, ...) with `fill` past each length."""
+    """Padding selected away (not multiplied: NaN * 0 is NaN): (batch, time, ...) with `fill` past each length."""
     if lengths is None:
         return x
     mask = real_steps(lengths, x.shape[1]).reshape(x.shape[0], x.shape[1], *[1] * (x.ndim - 2))
@@ -173,10 +174,10 @@ def unpack(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     bounds = cu_seqlens.tolist()
     if x.shape[0] != 1:
         raise UsageError(f"packed documents come as a batch of one, not of {x.shape[0]}")
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != x.shape[1] or any(a > b for a, b in zip(bounds, bounds[1:])):
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != x.shape[1] or bounds != sorted(bounds):
         raise UsageError(f"cu_seqlens must rise from 0 to the packed length {x.shape[1]}, not {bounds}")
     documents = x[0].tensor_split(bounds[1:-1])
-    return nn.utils.rnn.pad_sequence(documents, batch_first=True), cu_seqlens.diff()
+    return nn.utils.rnn.pad_sequence(list(documents), batch_first=True), cu_seqlens.diff()
 
 
 def pack(rows: Tensor, lengths: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Based (Arora et al. 2024, arXiv:2402.18668): linear attention with a Taylor feature map, among short convolutions.
 
     q_t, k_t, v_t = phi(W_q x_t), phi(W_k x_t), W_v x_t          q, k of few channels (f = 16) a head
-    phi(q).phi(k) = 1 + s + s^2 / 2,  s = q.k / sqrt(f)          the second-order Taylor series of exp(s), always positive
+    phi(q).phi(k) = 1 + s + s^2 / 2,  s = q.k / sqrt(f)          the second-order Taylor series of exp(s), positive
     y_t = W_o (S_t^T q_t / (z_t.q_t + eps))                      ops.linear_attention without decay, normalised
 
 The products q_i q_j are kept once for i <= j: 153 features in place of 273, the same function.

@@ -58,7 +58,7 @@ class DeltaNet(Mixer):
         self.norm.reset_parameters()
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> DeltaNetState:
-        place = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
+        place: dict[str, Any] = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
         memory = torch.zeros(batch_size, self.n_heads, self.head_dim, self.head_dim, **place)
         return DeltaNetState(self.conv.initial_state(batch_size, **place), memory)
 

@@ -87,7 +87,7 @@ class GatedDeltaNet(Mixer):
         self.norm.reset_parameters()
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> GatedDeltaNetState:
-        place = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
+        place: dict[str, Any] = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
         shape = (batch_size, self.n_heads, self.d_key // self.n_heads, self.d_value // self.n_heads)
         return GatedDeltaNetState(self.conv.initial_state(batch_size, **place), torch.zeros(shape, **place))
 

@@ -82,7 +82,7 @@ class Mamba(Mixer):
         nn.init.ones_(self.D)
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> MambaState:
-        place = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
+        place: dict[str, Any] = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
         h = torch.zeros(batch_size, self.d_inner, self.d_state, **place)
         return MambaState(self.conv.initial_state(batch_size, **place), h)
 

@@ -92,7 +92,7 @@ class Mamba2(Mixer):
         nn.init.ones_(self.norm_weight)
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> Mamba2State:
-        place = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
+        place: dict[str, Any] = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
         h = torch.zeros(batch_size, self.n_heads, self.d_state, self.head_dim, **place)
         return Mamba2State(self.conv.initial_state(batch_size, **place), h)
 

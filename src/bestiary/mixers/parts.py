@@ -1,6 +1,8 @@
 """What several mixers share beside an op: a short convolution with its weights, head counts, initialisations."""
 
 import math
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -8,6 +10,8 @@ from torch import Tensor, nn
 
 from bestiary import ops
 from bestiary.errors import UsageError
+
+T = TypeVar("T")
 
 
 class ShortConvolution(nn.Module):
@@ -113,6 +117,39 @@ def no_weight_decay(*parameters: nn.Parameter) -> None:
     """Mark parameters that an optimiser must not pull towards zero."""
     for parameter in parameters:
         parameter._no_weight_decay = True  # type: ignore[attr-defined]
+
+
+def slow_learners(*parameters: nn.Parameter, max_lr: float = 1e-3) -> None:
+    """Mark parameters whose learning rate is capped and which do not decay (S4's A, B and dt)."""
+    for parameter in parameters:
+        parameter._max_lr = max_lr  # type: ignore[attr-defined]
+    no_weight_decay(*parameters)
+
+
+class Remembered:
+    """A function of parameters that is computed anew only when they have changed; with gradients, always.
+
+    Decoding asks for the same filter at every step: computing it costs more than the step.
+    """
+
+    def __init__(self) -> None:
+        self.key: Any = None
+        self.value: Any = None
+
+    def get(self, parameters: Iterable[Tensor], compute: Callable[[], T], *also: Any) -> T:
+        """`compute()`, or what it gave for the same parameters and the same further arguments."""
+        if torch.is_grad_enabled():
+            return compute()
+        key = (*((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters), also)
+        if key != self.key:
+            self.key, self.value = key, compute()
+        return self.value
+
+    def __deepcopy__(self, memo: Any) -> "Remembered":
+        return Remembered()
+
+    def __reduce__(self) -> Any:
+        return Remembered, ()
 
 
 def unit(x: Float[Tensor, "*batch channels"], eps: float = 1e-6) -> Float[Tensor, "*batch channels"]:

@@ -69,7 +69,7 @@ def probabilities(logits: Float[Tensor, "batch vocab"], how: Sampling) -> Float[
 
 
 def draw(distribution: Float[Tensor, "batch vocab"], uniform: Float[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-    """The token at which the cumulative distribution passes a uniform number: one number a row, whatever the vocabulary."""
+    """The token at which the cumulative distribution passes a uniform number: one a row, whatever the vocabulary."""
     cumulative = distribution.double().cumsum(1)
     token = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True)[:, 0]
     last = distribution.shape[1] - 1 - (distribution.flip(1) > 0).int().argmax(1)  # never past the last possible one

@@ -2,20 +2,29 @@
 
 from bestiary.ops.attention import KVCache, attention, empty_cache
 from bestiary.ops.delta_rule import delta_rule, dplr
-from bestiary.ops.dispatch import active, use
+from bestiary.ops.dispatch import active, full_precision, use
 from bestiary.ops.linear_attention import linear_attention
+from bestiary.ops.long_convolution import ConvolutionState, empty_past, long_convolution, past_nbytes
 from bestiary.ops.rotary import positions, rotate
 from bestiary.ops.selective_scan import selective_scan
 from bestiary.ops.short_convolution import short_convolution
+from bestiary.ops.ssm import dense_ssm, diagonal_ssm
 
 __all__ = [
+    "ConvolutionState",
     "KVCache",
     "active",
     "attention",
     "delta_rule",
+    "dense_ssm",
+    "diagonal_ssm",
     "dplr",
     "empty_cache",
+    "empty_past",
+    "full_precision",
     "linear_attention",
+    "long_convolution",
+    "past_nbytes",
     "positions",
     "rotate",
     "selective_scan",

@@ -1,7 +1,7 @@
 """The delta rule (Schlag et al. 2021, arXiv:2102.11174): before a value is written, what its key recalls is erased.
 
-    delta_rule   S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T         o_t = S_t^T q_t
-    dplr         S_t = (diag(exp(w_t)) + b_t a_t^T) S_{t-1} + k_t v_t^T                         o_t = S_t^T r_t
+    delta_rule   S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T     o_t = S_t^T q_t
+    dplr         S_t = (diag(exp(w_t)) + b_t a_t^T) S_{t-1} + k_t v_t^T                     o_t = S_t^T r_t
 
 The first is DeltaNet (no gate, arXiv:2406.06484), Gated DeltaNet (a gate per head, arXiv:2412.06464) and KDA (a gate per
 key channel, arXiv:2510.26692); with unit keys, beta in (0, 1) erases partly, beta = 1 replaces, beta up to 2 may negate.
@@ -38,8 +38,8 @@ def delta_rule(
     Args:
         k: of unit length, where the recurrence is to be stable (mixers see to it).
         beta: in [0, 2].
-        log_decay: None, (heads,), (batch, time, heads) or (batch, time, heads, key_dim); at most 0; the memory decays before
-            it is corrected.
+        log_decay: None, (heads,), (batch, time, heads) or (batch, time, heads, key_dim); at most 0; the memory
+            decays before it is corrected.
         scale: of the queries; None for key_dim ** -0.5.
         state: the memory before this segment, fp32 or wider; None for zeros.
 
@@ -79,12 +79,12 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Ten
         return torch.zeros_like(v), state
     outputs = []
     for part in zip(*(x.split(PIECE, dim=1) for x in (q, k, v, beta, g))):
-        o, state = _delta_chunks(*part, state)
+        o, state = _delta_chunks(state, *part)
         outputs.append(o)
     return torch.cat(outputs, dim=1), state
 
 
-def _delta_chunks(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+def _delta_chunks(state: Tensor, q: Tensor, k: Tensor, v: Tensor, beta: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     time, size = v.shape[1], decay.chunk_size(v.shape[1], CHUNK)
     q, k, v, g = (decay.chunks(x, size) for x in (q, k, v, g))
     beta = decay.chunks(beta, size)[..., None]
@@ -158,13 +158,13 @@ def dplr_chunked(
         return torch.zeros_like(v), state
     outputs = []
     for part in zip(*(x.split(PIECE, dim=1) for x in (r, w, k, v, a, b))):
-        o, state = _dplr_chunks(*part, state)
+        o, state = _dplr_chunks(state, *part)
         outputs.append(o)
     return torch.cat(outputs, dim=1), state
 
 
 def _dplr_chunks(
-    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+    state: Tensor, r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor
 ) -> tuple[Tensor, Tensor]:
     time, size = v.shape[1], decay.chunk_size(v.shape[1], CHUNK)
     r, w, k, v, a, b = (decay.chunks(x, size) for x in (r, w, k, v, a, b))

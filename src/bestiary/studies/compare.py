@@ -13,23 +13,20 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import bestiary
 from bestiary import mixers
-from bestiary.data import Batches, Corpus, Shards, Tokenizer
 from bestiary.data.files import write_whole
-from bestiary.errors import BestiaryError, UsageError
+from bestiary.errors import UsageError
 from bestiary.models import LanguageModel, ModelConfig
 from bestiary.models.costs import CONTEXTS, costs, total
 from bestiary.studies import floors, inputs, jobs, speed
-from bestiary.studies.architectures import Architecture, find_all, recall_layout
+from bestiary.studies.architectures import find_all, recall_layout
 from bestiary.studies.fitting import count, fit
 from bestiary.studies.mqar import Recall
 from bestiary.studies.pool import Pool

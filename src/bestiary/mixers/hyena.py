@@ -1,0 +1,148 @@
+"""Hyena, order 2 (Poli et al. 2023, arXiv:2302.10866): long convolutions with implicit filters, and gates.
+
+    x0, x1, v = split(conv_3(W_in u + b_in))             a short filter of 3 taps with bias
+    v = h * (x1 v) + beta (x1 v)                         h: a filter as long as the sequence: ops.long_convolution
+    y = W_out (x0 v) + b_out
+
+The filter is a function of the lag t (in units of l_max), h_t = MLP(features(t)) (exp(-|delta| t) + shift), with sines
+as activations and a decay delta of each channel's own; it does not depend on how long a segment is.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from bestiary import ops, state
+from bestiary.errors import UsageError
+from bestiary.mixers import register
+from bestiary.mixers.base import Mixer, keep_real
+from bestiary.mixers.parts import Remembered, ShortConvolution, gpt_init, no_weight_decay
+
+
+@state.register
+class HyenaState(NamedTuple):
+    """The last inputs of the short filter, and the past of the long one."""
+
+    history: Float[Tensor, "batch taps_minus_1 channels"]
+    past: ops.ConvolutionState
+
+
+class ImplicitFilter(nn.Module):
+    """A filter of `channels` channels and up to l_max lags, given by a small network of the lag.
+
+    Args:
+        order: width of the network.
+        bands: sine and cosine features of the lag.
+        frequency: to begin with, of the sine activations; trained.
+    """
+
+    def __init__(self, channels: int, l_max: int, *, order: int, bands: int, frequency: float, shift: float = 0.05):
+        super().__init__()
+        if min(l_max, order, bands) < 1:
+            raise UsageError(f"l_max={l_max}, filter_order={order} and filter_bands={bands} must be at least 1")
+        self.channels, self.l_max, self.bands, self.start, self.shift = channels, l_max, bands, frequency, shift
+        widths = [2 * bands + 1, order, order, order]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.last = nn.Linear(order, channels, bias=False)
+        self.frequency = nn.Parameter(torch.empty(order))
+        for linear in (*self.layers, self.last):
+            linear.is_filter = True  # works on lags, not on tokens
+        no_weight_decay(self.frequency)
+        self.remembered = Remembered()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for linear in (*self.layers, self.last):
+            nn.init.normal_(linear.weight, std=0.02)  # the language models' initialisation reaches the filters, too
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        nn.init.constant_(self.frequency, self.start)
+
+    def forward(self, lags: int, dtype: torch.dtype) -> Float[Tensor, "channels lags"]:
+        """The first `lags` taps, at most l_max, computed in `dtype`."""
+        lags = min(lags, self.l_max)
+        return self.remembered.get(self.parameters(), lambda: self.taps(lags, dtype), lags, dtype)
+
+    def taps(self, lags: int, dtype: torch.dtype) -> Float[Tensor, "channels lags"]:
+        place: dict[str, Any] = {"dtype": dtype, "device": self.frequency.device}
+        t = torch.arange(lags, **place)[:, None]
+        angle = 2 * math.pi / self.l_max * t * torch.linspace(1e-4, self.bands - 1, self.bands, **place)
+        t = t / max(1, self.l_max - 1)
+        x = torch.cat([t, angle.cos(), -angle.sin()], dim=-1)
+        for linear in self.layers:
+            bias = None if linear.bias is None else linear.bias.to(dtype)
+            x = torch.sin(self.frequency.to(dtype) * nn.functional.linear(x, linear.weight.to(dtype), bias))
+        h = nn.functional.linear(x, self.last.weight.to(dtype))
+        decay = torch.linspace(math.log(0.01) / 1.5, math.log(0.01) / 0.3, self.channels, **place)
+        return (h * ((t * decay).exp() + self.shift)).T
+
+
+@register("hyena")
+class Hyena(Mixer):
+    """A gated long convolution; decoding is the exact online convolution, in a state of at most 2 P inputs, P >= l_max.
+
+    Args:
+        d_model: width of input and output.
+        l_max: lags of the filter; the longest context that it sees.
+        filter_order: width of the filter's network; the published 64 at widths from 512, at least 16.
+        filter_bands: sine and cosine features of the lag.
+        frequency: of the network's sine activations, to begin with.
+        conv_kernel: taps of the short filter.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        l_max: int = 2048,
+        filter_order: int | None = None,
+        filter_bands: int = 16,
+        frequency: float = 14.0,
+        conv_kernel: int = 3,
+        n_layers: int = 1,
+    ):
+        super().__init__(d_model)
+        self.l_max, self.n_layers = l_max, n_layers
+        order = min(64, max(16, d_model // 8)) if filter_order is None else filter_order
+        self.in_proj = nn.Linear(d_model, 3 * d_model)
+        self.conv = ShortConvolution(3 * d_model, conv_kernel, bias=True)
+        self.filter = ImplicitFilter(d_model, l_max, order=order, bands=filter_bands, frequency=frequency)
+        self.beta = nn.Parameter(torch.empty(d_model))
+        self.out_proj = nn.Linear(d_model, d_model)
+        no_weight_decay(self.beta)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        gpt_init(self.in_proj, self.d_model)
+        gpt_init(self.out_proj, self.d_model, residuals=2 * self.n_layers)
+        self.conv.reset_parameters()
+        self.filter.reset_parameters()
+        nn.init.normal_(self.beta)
+
+    def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> HyenaState:
+        place: dict[str, Any] = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
+        return HyenaState(
+            self.conv.initial_state(batch_size, **place), ops.empty_past(batch_size, self.d_model, **place)
+        )
+
+    def state_nbytes(self, time: int) -> int:
+        history = self.conv.initial_state(1, dtype=torch.float32, device="meta")
+        return state.nbytes((history,)) + ops.past_nbytes(self.d_model, self.l_max, time)
+
+    def mixing_flops(self, context: int) -> float:
+        reach = max(2, min(context, self.l_max))
+        return self.conv.flops() + self.d_model * (10 * math.log2(reach) + 4)
+
+    def mix(
+        self, x: Float[Tensor, "batch time d_model"], state: HyenaState, lengths: Int[Tensor, " batch"] | None
+    ) -> tuple[Float[Tensor, "batch time d_model"], HyenaState]:
+        x, history = self.conv(self.in_proj(x), state.history, lengths)
+        x0, x1, v = x.chunk(3, dim=-1)
+        v = keep_real(x1 * v, lengths)
+        with ops.full_precision(x):
+            kernel = self.filter(self.l_max, state.past.inputs.dtype)
+        v, past = ops.long_convolution(v, kernel, self.beta, state=state.past, lengths=lengths)
+        return self.out_proj(x0 * v), HyenaState(history, past)

@@ -1,0 +1,377 @@
+"""Linear time-invariant state-space models: S4 (arXiv:2111.00396), S4D (2206.11893), and HiPPO (2008.07669) behind them.
+
+    x'(t) = A x(t) + B u(t),   y(t) = C x(t) + D u(t)            in continuous time, one system a channel
+    h_t = A_bar h_{t-1} + B_bar u_t,   y_t = C h_t + D u_t       discretised with a step size dt
+    y = K * u,   K_l = C A_bar^l B_bar                           the same, as a convolution
+
+A is diagonal (S4D) or diagonal plus low rank, diag(L) - P Q^* (S4). Real systems have their eigenvalues in conjugate
+pairs, of which one half is stored: sums over all are 2 Re sums over the half.
+
+The recurrences compute a chunk at a time: inside it the kernel, as a small Toeplitz matrix; from chunk to chunk the
+state. So a final state costs no more than a convolution, and no (batch, time, channels, state) tensor exists.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Complex, Float, Int
+from torch import Tensor
+
+from bestiary.ops import dispatch
+
+CHUNK = 64
+
+# ------------------------------------------------------------------------------------------------ initial systems
+
+
+def hippo_legs(n: int) -> tuple[Float[Tensor, "n n"], Float[Tensor, " n"]]:
+    """HiPPO-LegS: A and B of the system whose state holds the Legendre coefficients of all it has seen; float64."""
+    root = (2 * torch.arange(n, dtype=torch.float64) + 1).sqrt()
+    A = -torch.outer(root, root).tril(-1) - torch.diag(torch.arange(1, n + 1, dtype=torch.float64))
+    return A, root
+
+
+def legs_dplr(
+    n: int,
+) -> tuple[Complex[Tensor, " half"], Complex[Tensor, " half"], Complex[Tensor, " half"], Complex[Tensor, "n n"]]:
+    """HiPPO-LegS as diagonal minus low rank: (L, P, B) of one half of the conjugate pairs, and the basis V.
+
+    A = V (diag(L) - P P^*) V^* and B = V B' over all n (even) eigenvalues; L = -1/2 + i lambda, P_k = sqrt(k + 1/2).
+    """
+    A, B = hippo_legs(n)
+    P = (torch.arange(n, dtype=torch.float64) + 0.5).sqrt()
+    normal = A + torch.outer(P, P)  # -1/2 I plus a skew-symmetric matrix
+    skew = normal - torch.diag(normal.diagonal())
+    frequency, V = torch.linalg.eigh(skew * -1j)
+    order = frequency.argsort(descending=True)  # the positive half first
+    frequency, V = frequency[order], V[:, order]
+    half = n // 2
+    back = V.mH.to(torch.complex128)
+    L = torch.complex(torch.full_like(frequency, -0.5), frequency)
+    return L[:half], (back @ P.to(back.dtype))[:half], (back @ B.to(back.dtype))[:half], V
+
+
+def s4d_lin(half: int) -> Complex[Tensor, " half"]:
+    """S4D-Lin: A_n = -1/2 + i pi n."""
+    n = torch.arange(half, dtype=torch.float64)
+    return torch.complex(torch.full_like(n, -0.5), math.pi * n)
+
+
+def s4d_inv(half: int) -> Complex[Tensor, " half"]:
+    """S4D-Inv: A_n = -1/2 + i (N / pi) (N / (2n + 1) - 1), N = 2 half."""
+    n = torch.arange(half, dtype=torch.float64)
+    return torch.complex(torch.full_like(n, -0.5), 2 * half / math.pi * (2 * half / (2 * n + 1) - 1))
+
+
+# -------------------------------------------------------------------------------------------------- discretisation
+
+
+def zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero-order hold of a diagonal A (the input is constant during a step): A_bar = exp(dt A), B_bar = (A_bar - 1)/A B.
+
+    A, B: (..., N) real or complex; dt: broadcastable to them. A may be 0, where B_bar is dt B.
+    """
+    x = dt * A
+    zero = x == 0
+    ratio = torch.where(zero, 1, torch.expm1(torch.where(zero, 1, x)) / torch.where(zero, 1, x))
+    return x.exp(), dt * ratio * B
+
+
+def bilinear(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Bilinear (Tustin) rule of a diagonal A: A_bar = (1 + dt A/2) / (1 - dt A/2), B_bar = dt B / (1 - dt A/2)."""
+    scale = 1 / (1 - dt * A / 2)
+    return scale * (1 + dt * A / 2), scale * dt * B
+
+
+def bilinear_dense(
+    A: Float[Tensor, "*batch n n"], B: Float[Tensor, "*batch n"], dt: Float[Tensor, "*batch"]
+) -> tuple[Float[Tensor, "*batch n n"], Float[Tensor, "*batch n"]]:
+    """The bilinear rule of a full matrix: A_bar = (I - dt A/2)^-1 (I + dt A/2), B_bar = (I - dt A/2)^-1 dt B."""
+    half = dt[..., None, None] * A / 2
+    one = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
+    solved = torch.linalg.solve(one - half, torch.cat([one + half, (dt[..., None] * B)[..., None]], dim=-1))
+    return solved[..., :-1], solved[..., -1]
+
+
+def real_dplr(
+    L: Complex[Tensor, "*batch half"],
+    P: Complex[Tensor, "*batch half"],
+    Q: Complex[Tensor, "*batch half"],
+    B: Complex[Tensor, "*batch half"],
+    C: Complex[Tensor, "*batch half"],
+) -> tuple[Float[Tensor, "*batch n n"], Float[Tensor, "*batch n"], Float[Tensor, "*batch n"]]:
+    """The real system of size n = 2 half behind one half of the conjugate pairs: (A, B, C).
+
+    Its state is (Re h, Im h); the full system maps h to L h - 2 P Re(Q^* h), and reads 2 Re(C h).
+    """
+    a, b = torch.diag_embed(L.real), torch.diag_embed(L.imag)
+    A = torch.cat([torch.cat([a, -b], dim=-1), torch.cat([b, a], dim=-1)], dim=-2)
+    p, q = (torch.cat([x.real, x.imag], dim=-1) for x in (P, Q))
+    low_rank = 2 * p[..., :, None] * q[..., None, :]
+    return A - low_rank, torch.cat([B.real, B.imag], dim=-1), 2 * torch.cat([C.real, -C.imag], dim=-1)
+
+
+# --------------------------------------------------------------------------------------------------------- kernels
+
+
+def powers(x: Tensor, count: int) -> Tensor:
+    """1, x, x^2, ..., x^(count-1) along a new last dimension, by doubling (exact for 0, no logarithm)."""
+    found = torch.ones_like(x)[..., None]
+    step = x[..., None]
+    while found.shape[-1] < count:
+        found = torch.cat([found, found * step], dim=-1)
+        step = step * step
+    return found[..., :count]
+
+
+def vandermonde_kernel(
+    A_bar: Complex[Tensor, "channels half"],
+    B_bar: Complex[Tensor, "channels half"],
+    C: Complex[Tensor, "channels half"],
+    length: int,
+) -> Float[Tensor, "channels length"]:
+    """K_l = 2 Re sum_n C_n B_n A_n^l for l < length: the kernel of a diagonal system.
+
+    A (channels, half, length) tensor is never held: powers within CHUNK steps, times powers of A^CHUNK.
+    """
+    inner = powers(A_bar, min(CHUNK, length))
+    outer = powers(A_bar**CHUNK, -(-length // CHUNK)) * (C * B_bar)[..., None]
+    return 2 * torch.einsum("cnj,cni->cji", outer, inner).real.flatten(1)[:, :length]
+
+
+def dplr_kernel(
+    L: Complex[Tensor, "channels half"],
+    P: Complex[Tensor, "channels half"],
+    Q: Complex[Tensor, "channels half"],
+    B: Complex[Tensor, "channels half"],
+    C: Complex[Tensor, "channels half"],
+    dt: Float[Tensor, " channels"],
+    length: int,
+) -> Float[Tensor, "channels length"]:
+    """K_l = C A_bar^l B_bar for l < length of A = diag(L) - P Q^*, discretised by the bilinear rule (S4's algorithm 1).
+
+    The truncated generating function sum_l K_l w^l at the roots of unity w is C~ (I - A_bar w)^-1 B_bar with
+    C~ = C (I - A_bar^length); the inverse is a Cauchy product in L and a rank-one correction (Woodbury). C is the
+    system's own readout, not C~: the kernel depends on the lag alone, however many lags are asked for.
+    """
+    A, b, c = real_dplr(L, P, Q, B, C)
+    A_bar, _ = bilinear_dense(A, b, dt)
+    truncated = c - (c[..., None, :] @ torch.linalg.matrix_power(A_bar, length))[..., 0, :]
+    half = L.shape[-1]
+    C = torch.complex(truncated[..., :half], -truncated[..., half:]) / 2
+    w = torch.exp(-2j * math.pi * torch.arange(length, dtype=torch.float64, device=L.device) / length).to(L.dtype)
+    # 2/dt (1-w)/(1+w) has a pole at w = -1: everything is multiplied by (1+w), which leaves that point finite
+    top, bottom = (2 * (1 - w)) / dt[:, None], 1 + w
+    cauchy = 1 / (top[..., None] - bottom[..., None] * L[:, None])  # (channels, length, half)
+    mirror = 1 / (top[..., None] - bottom[..., None] * L[:, None].conj())
+
+    def dot(x: Tensor, y: Tensor) -> Tensor:
+        """x . (z - L)^-1 y over both halves of the conjugate pairs."""
+        return (cauchy @ (x * y)[..., None])[..., 0] + (mirror @ (x * y).conj()[..., None])[..., 0]
+
+    correction = dot(C, P) * bottom * dot(Q.conj(), B) / (1 + bottom * dot(Q.conj(), P))
+    return torch.fft.ifft(2 * (dot(C, B) - correction)).real
+
+
+# ----------------------------------------------------------------------------------------------------- recurrences
+
+
+def diagonal_ssm(
+    u: Float[Tensor, "batch time channels"],
+    A_bar: Complex[Tensor, "channels half"],
+    B_bar: Complex[Tensor, "channels half"],
+    C: Complex[Tensor, "channels half"],
+    D: Float[Tensor, " channels"] | None = None,
+    *,
+    state: Float[Tensor, "batch channels half 2"] | None = None,
+    lengths: Int[Tensor, " batch"] | None = None,
+) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch channels half 2"]]:
+    """h_t = A_bar h_{t-1} + B_bar u_t, y_t = 2 Re(C . h_t) + D u_t (modal form); returns (y, state).
+
+    Args:
+        state: h before this segment, real and imaginary parts, fp32 or wider; None for zeros.
+        lengths: real steps of each row of a right-padded batch; padding takes no time.
+    """
+    if state is None:
+        dtype = dispatch.wide(u.dtype, A_bar.real.dtype)
+        state = torch.zeros(u.shape[0], *A_bar.shape, 2, dtype=dtype, device=u.device)
+    with dispatch.full_precision(u):
+        wide = u.to(state.dtype)
+        to = torch.promote_types(torch.complex64, state.dtype)
+        form = dispatch.choose("diagonal_ssm", time=u.shape[1])
+        y, state = form(wide, A_bar.to(to), B_bar.to(to), C.to(to), state, lengths)
+        return (y if D is None else y + D.to(y.dtype) * wide).to(u.dtype), state
+
+
+@dispatch.form("diagonal_ssm", "reference")
+def diagonal_recurrent(
+    u: Tensor, A_bar: Tensor, B_bar: Tensor, C: Tensor, state: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Step through time, as the equation reads."""
+
+    def step(h: Tensor, u_t: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.view_as_real(A_bar * torch.view_as_complex(h) + B_bar * u_t[..., None])
+        return h, 2 * (C * torch.view_as_complex(h)).real.sum(-1)
+
+    return _stepwise(step, u, state.contiguous(), lengths)
+
+
+@dispatch.form("diagonal_ssm", "torch")
+def diagonal_chunked(
+    u: Tensor, A_bar: Tensor, B_bar: Tensor, C: Tensor, state: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Toeplitz products within chunks, the recurrence between them."""
+    size = _chunk_size(u.shape[1])
+    lag = powers(A_bar, size + 1)  # (channels, half, lags)
+    read = 2 * C[..., None] * lag[..., 1:]
+    reads = torch.stack([read.real, -read.imag], dim=2).flatten(1, 2)
+    writes = torch.view_as_real(B_bar[..., None] * lag[..., :-1].flip(-1)).movedim(-1, 2).flatten(1, 2)
+
+    def advance(h: Tensor, steps: int) -> Tensor:
+        moved = torch.view_as_complex(h.unflatten(-1, (-1, 2)).contiguous()) * lag[..., steps]
+        return torch.view_as_real(moved).flatten(-2)
+
+    kernel = 2 * (C * B_bar)[:, None] @ lag[..., :-1]
+    chunked = _Chunked(kernel.real[:, 0], reads, writes, advance)
+    y, after = _chunkwise(u, chunked, state.flatten(-2), lengths)
+    return y, after.unflatten(-1, (-1, 2))
+
+
+def dense_ssm(
+    u: Float[Tensor, "batch time channels"],
+    A_bar: Float[Tensor, "channels n n"],
+    B_bar: Float[Tensor, "channels n"],
+    C: Float[Tensor, "channels n"],
+    D: Float[Tensor, " channels"] | None = None,
+    *,
+    state: Float[Tensor, "batch channels n"] | None = None,
+    lengths: Int[Tensor, " batch"] | None = None,
+) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch channels n"]]:
+    """h_t = A_bar h_{t-1} + B_bar u_t, y_t = C . h_t + D u_t with a full matrix a channel (S4); returns (y, state).
+
+    Args and state as in `diagonal_ssm`, the state being real.
+    """
+    if state is None:
+        dtype = dispatch.wide(u.dtype, A_bar.dtype)
+        state = torch.zeros(u.shape[0], *B_bar.shape, dtype=dtype, device=u.device)
+    with dispatch.full_precision(u):
+        wide, to = u.to(state.dtype), state.dtype
+        form = dispatch.choose("dense_ssm", time=u.shape[1])
+        y, state = form(wide, A_bar.to(to), B_bar.to(to), C.to(to), state, lengths)
+        return (y if D is None else y + D.to(to) * wide).to(u.dtype), state
+
+
+@dispatch.form("dense_ssm", "reference")
+def dense_recurrent(
+    u: Tensor, A_bar: Tensor, B_bar: Tensor, C: Tensor, state: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Step through time, as the equation reads."""
+
+    def step(h: Tensor, u_t: Tensor) -> tuple[Tensor, Tensor]:
+        h = (A_bar @ h[..., None])[..., 0] + B_bar * u_t[..., None]
+        return h, (C * h).sum(-1)
+
+    return _stepwise(step, u, state, lengths)
+
+
+@dispatch.form("dense_ssm", "torch")
+def dense_chunked(
+    u: Tensor, A_bar: Tensor, B_bar: Tensor, C: Tensor, state: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Toeplitz products within chunks, the recurrence between them; powers of A_bar by squaring."""
+    size = _chunk_size(u.shape[1])
+    squares = {1: A_bar}
+    columns, rows = B_bar[..., None], (C[..., None, :] @ A_bar)  # A^l B for l = 0 ...; C A^l for l = 1 ...
+    while columns.shape[-1] < size:
+        n = columns.shape[-1]
+        columns = torch.cat([columns, squares[n] @ columns], dim=-1)
+        rows = torch.cat([rows, rows @ squares[n]], dim=-2)
+        squares[2 * n] = squares[n] @ squares[n]
+
+    def advance(h: Tensor, steps: int) -> Tensor:
+        return torch.einsum("cnm,bcm->bcn", squares[steps], h)
+
+    kernel = (C[..., None, :] @ columns)[..., 0, :]
+    return _chunkwise(u, _Chunked(kernel, rows.mT, columns.flip(-1), advance), state, lengths)
+
+
+class _Chunked(NamedTuple):
+    """A system over a chunk of c steps, its state flattened to S real numbers a channel."""
+
+    kernel: Tensor  # (channels, c): what an input adds to outputs 0, 1, ... steps later
+    reads: Tensor  # (channels, S, c): what the state at the start adds to each output
+    writes: Tensor  # (channels, S, c): what each input adds to the state at the end
+    advance: Callable[[Tensor, int], Tensor]  # the state (batch, channels, S) a power of two of steps later, without input
+
+
+def _chunkwise(u: Tensor, system: _Chunked, state: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    batch, time, channels = u.shape
+    size = system.kernel.shape[-1]
+    if not time:
+        return torch.zeros_like(u), state
+    padded = torch.nn.functional.pad(u, (0, 0, 0, -time % size))
+    parts = padded.unflatten(1, (-1, size)).permute(3, 0, 1, 2)  # (channels, batch, n, c)
+    added = torch.einsum("cbnt,cst->nbcs", parts, system.writes)
+    starts = [state]
+    for part in added[: time // size].unbind():
+        starts.append(system.advance(starts[-1], size) + part)
+    count = parts.shape[2]
+    before = torch.stack(starts[:count], dim=2)  # (batch, channels, n, S)
+    lag = torch.arange(size, device=u.device)
+    lag = lag[None, :] - lag[:, None]  # (s, t): t - s
+    toeplitz = torch.where(lag >= 0, system.kernel[:, lag.clamp(min=0)], 0)
+    inside = parts.flatten(1, 2) @ toeplitz  # (channels, batch n, c)
+    seen = before.movedim(0, 1).flatten(1, 2) @ system.reads
+    y = (inside + seen).unflatten(1, (batch, count)).permute(1, 2, 3, 0).flatten(1, 2)[:, :time]
+    return y, _final(padded, system, torch.stack(starts), time if lengths is None else lengths)
+
+
+def _final(u: Tensor, system: _Chunked, starts: Tensor, end: int | Tensor) -> Tensor:
+    """The state after `end` steps: from the start of the chunk where they end, by powers of two."""
+    size = system.kernel.shape[-1]
+    if isinstance(end, int):
+        state, rest, place = starts[end // size], end % size, end - end % size
+        bit = size // 2
+        while bit:
+            if rest & bit:
+                state = system.advance(state, bit) + _written(u[:, place : place + bit], system)
+                place += bit
+            bit //= 2
+        return state
+    rows = torch.arange(u.shape[0], device=u.device)
+    state, rest, start = starts[end // size, rows], end % size, end - end % size
+    bit = size // 2
+    while bit:
+        step = torch.arange(bit, device=u.device)
+        part = u[rows[:, None], (start[:, None] + step).clamp(max=u.shape[1] - 1)]
+        moved = system.advance(state, bit) + _written(part, system)
+        taken = (rest & bit) > 0
+        state = torch.where(taken[:, None, None], moved, state)
+        start = start + torch.where(taken, bit, 0)
+        bit //= 2
+    return state
+
+
+def _written(u: Tensor, system: _Chunked) -> Tensor:
+    """What a few inputs, up to a chunk, add to the state after them."""
+    return torch.einsum("btc,cst->bcs", u, system.writes[..., system.writes.shape[-1] - u.shape[1] :])
+
+
+def _stepwise(
+    step: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], u: Tensor, state: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    outputs = []
+    for t, u_t in enumerate(u.unbind(1)):
+        moved, y_t = step(state, u_t)
+        if lengths is not None:
+            moved = torch.where((t < lengths).reshape(-1, *[1] * (state.ndim - 1)), moved, state)
+        outputs.append(y_t)
+        state = moved
+    return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(u)), state
+
+
+def _chunk_size(time: int) -> int:
+    """A power of two, not much longer than the segment."""
+    return min(CHUNK, 1 << max(0, time - 1).bit_length())
