@@ -197,7 +197,7 @@ def _rebuild(structure: Any, name: str, file: Any, names: set[str]) -> State:
     if structure == "tensor":
         if name not in names:
             raise BestiaryError(f"the state file lacks the tensor {name}")
-        return file.get_tensor(name)
+        return file.get_tensor(name).clone()  # aligned memory: a product is the same to the last bit
     if isinstance(structure, list):
         return tuple(_rebuild(part, f"{name}.{i}", file, names) for i, part in enumerate(structure))
     cls = _types.get(structure["type"])

@@ -50,7 +50,11 @@ def test_s4d_initial_eigenvalues() -> None:
 
 
 def test_zero_order_hold_is_the_integral_and_bilinear_its_second_order_approximation() -> None:
-    A, B, dt = torch.tensor([-0.7 + 2j, 0.0, -3.0]).to(torch.complex128), torch.ones(3, dtype=torch.complex128), torch.tensor(0.1)
+    A, B, dt = (
+        torch.tensor([-0.7 + 2j, 0.0, -3.0]).to(torch.complex128),
+        torch.ones(3, dtype=torch.complex128),
+        torch.tensor(0.1),
+    )
     a, b = ssm.zoh(A, B, dt.double())
     grid = torch.linspace(0, 0.1, 20001, dtype=torch.float64)
     integral = torch.trapezoid((A[:, None] * grid).exp(), grid)

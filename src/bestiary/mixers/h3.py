@@ -1,9 +1,9 @@
 """H3, Hungry Hungry Hippos (Fu, Dao et al. 2022, arXiv:2212.14052).
 
-    q, k, v = W_q u + b_q, W_k u + b_k, W_v u + b_v
-    k' = SSM_shift(k) + D_k k                            a shift register of N steps, read by C: a filter of N taps
-    s = SSM_diag(k' v^T)                                 per head an outer product, each entry a diagonal system with skip D
-    y = W_o (q s) + b_o                                  ops.short_convolution, ops.diagonal_ssm
+q, k, v = W_q u + b_q, W_k u + b_k, W_v u + b_v
+k' = SSM_shift(k) + D_k k                            a shift register of N steps, read by C: a filter of N taps
+s = SSM_diag(k' v^T)                                 per head an outer product, each entry a diagonal system with skip D
+y = W_o (q s) + b_o                                  ops.short_convolution, ops.diagonal_ssm
 """
 
 from typing import Any, NamedTuple

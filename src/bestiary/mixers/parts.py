@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from bestiary import ops
 from bestiary.errors import UsageError
+from bestiary.ops.short_convolution import last_inputs
 
 T = TypeVar("T")
 
@@ -67,6 +68,16 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x if self.weight is None else x.to(self.weight.dtype)).to(x.dtype)
 
 
+def token_shift(
+    x: Float[Tensor, "batch time d_model"],
+    before: Float[Tensor, "batch d_model"],
+    lengths: Int[Tensor, " batch"] | None,
+) -> tuple[Float[Tensor, "batch time d_model"], Float[Tensor, "batch d_model"]]:
+    """(the previous input of each step, the last real input of each row), `before` being the one before the segment."""
+    shifted = torch.cat([before[:, None].to(x.dtype), x], dim=1)[:, :-1]
+    return shifted, last_inputs(before[:, None], x, lengths)[:, 0]
+
+
 def default_heads(d_model: int) -> int:
     """Heads of 64 channels, as is usual, or of 32 at small or odd widths."""
     return d_model // 64 if d_model >= 256 and d_model % 64 == 0 else d_model // 32
@@ -103,6 +114,12 @@ def xavier_init(linear: nn.Linear, *, gain: float = 2**-2.5) -> None:
     nn.init.xavier_uniform_(linear.weight, gain=gain)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
+
+
+def orthogonal_init(linear: nn.Linear) -> None:
+    """RWKV's: orthogonal, scaled up where the map widens."""
+    n_out, n_in = linear.weight.shape
+    nn.init.orthogonal_(linear.weight, gain=math.sqrt(max(1.0, n_out / n_in)))
 
 
 @torch.no_grad()

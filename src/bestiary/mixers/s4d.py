@@ -1,10 +1,10 @@
 """S4D, the diagonal state-space model (Gu et al. 2022, arXiv:2206.11893).
 
-    h_t = A_bar h_{t-1} + B_bar u_t                      a channel: N/2 complex numbers, one of each conjugate pair
-    s_t = 2 Re(C . h_t) + D u_t                          ops.diagonal_ssm
-    y = GLU(W gelu(s))
+h_t = A_bar h_{t-1} + B_bar u_t                      a channel: N/2 complex numbers, one of each conjugate pair
+s_t = 2 Re(C . h_t) + D u_t                          ops.diagonal_ssm
+y = GLU(W gelu(s))
 
-    A = -exp(log_A_real) + i A_imag;  A_bar = exp(dt A), B_bar = (A_bar - 1) / A            zero-order hold, B = 1
+A = -exp(log_A_real) + i A_imag;  A_bar = exp(dt A), B_bar = (A_bar - 1) / A            zero-order hold, B = 1
 """
 
 import math
@@ -71,9 +71,7 @@ class DiagonalSSM(nn.Module):
 
     def system(
         self, dtype: torch.dtype
-    ) -> tuple[
-        Complex[Tensor, "channels half"], Complex[Tensor, "channels half"], Complex[Tensor, "channels half"]
-    ]:
+    ) -> tuple[Complex[Tensor, "channels half"], Complex[Tensor, "channels half"], Complex[Tensor, "channels half"]]:
         """(A_bar, B_bar, C), computed in `dtype`."""
         log_dt, real, imag, C = (x.to(dtype) for x in (self.log_dt, self.log_A_real, self.A_imag, self.C))
         A, dt = torch.complex(-real.exp(), imag), log_dt.exp()[:, None]
@@ -121,9 +119,7 @@ class S4D(Mixer):
         self.out.reset_parameters()
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> S4DState:
-        return S4DState(
-            self.ssm.initial_state(batch_size, device=self.own_device(device), dtype=self.own_dtype(dtype))
-        )
+        return S4DState(self.ssm.initial_state(batch_size, device=self.own_device(device), dtype=self.own_dtype(dtype)))
 
     def mixing_flops(self, context: int) -> float:
         return self.ssm.flops() + 3 * self.d_model

@@ -5,14 +5,17 @@ from bestiary.ops.delta_rule import delta_rule, dplr
 from bestiary.ops.dispatch import active, full_precision, use
 from bestiary.ops.linear_attention import linear_attention
 from bestiary.ops.long_convolution import ConvolutionState, empty_past, long_convolution, past_nbytes
+from bestiary.ops.monarch import monarch
 from bestiary.ops.rotary import positions, rotate
 from bestiary.ops.selective_scan import selective_scan
 from bestiary.ops.short_convolution import short_convolution
 from bestiary.ops.ssm import dense_ssm, diagonal_ssm
+from bestiary.ops.wkv import WKVState, empty_wkv, wkv
 
 __all__ = [
     "ConvolutionState",
     "KVCache",
+    "WKVState",
     "active",
     "attention",
     "delta_rule",
@@ -21,13 +24,16 @@ __all__ = [
     "dplr",
     "empty_cache",
     "empty_past",
+    "empty_wkv",
     "full_precision",
     "linear_attention",
     "long_convolution",
+    "monarch",
     "past_nbytes",
     "positions",
     "rotate",
     "selective_scan",
     "short_convolution",
     "use",
+    "wkv",
 ]

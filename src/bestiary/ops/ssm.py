@@ -303,7 +303,9 @@ class _Chunked(NamedTuple):
     kernel: Tensor  # (channels, c): what an input adds to outputs 0, 1, ... steps later
     reads: Tensor  # (channels, S, c): what the state at the start adds to each output
     writes: Tensor  # (channels, S, c): what each input adds to the state at the end
-    advance: Callable[[Tensor, int], Tensor]  # the state (batch, channels, S) a power of two of steps later, without input
+    advance: Callable[
+        [Tensor, int], Tensor
+    ]  # the state (batch, channels, S) a power of two of steps later, without input
 
 
 def _chunkwise(u: Tensor, system: _Chunked, state: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
