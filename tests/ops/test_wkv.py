@@ -29,7 +29,7 @@ def test_the_scan_is_the_recurrence(time: int, size: float, decay: float) -> Non
         # the state is a triple in units of its own: what it does to later steps is what counts
         return y, ops.wkv(ahead.to(k.dtype), ahead.to(k.dtype), w, u, state=state)[0]
 
-    check_forms(op, inputs)
+    check_forms(op, inputs, joint=True)
 
 
 @pytest.mark.parametrize("form", ["reference", "torch"])
