@@ -1,11 +1,16 @@
 """The long convolution: FFT over segments and online steps are the sum over lags, at every split and beyond l_max."""
 
+import contextlib
+import importlib
+
 import pytest
 import torch
 from ops.forms import check_forms, normal
 
 from bestiary import ops, state
-from bestiary.ops.long_convolution import ConvolutionState, long_convolution, ring_size, past_nbytes
+from bestiary.ops.long_convolution import ConvolutionState, long_convolution, past_nbytes, ring_size
+
+long_convolution_module = importlib.import_module("bestiary.ops.long_convolution")  # ops.long_convolution is the op
 
 B, C = 2, 3
 
@@ -105,21 +110,88 @@ def test_the_state_is_as_large_as_declared_and_bounded() -> None:
     assert ring_size(20) == 32 and past.inputs.shape[1] == 32
 
 
-def test_online_work_grows_by_a_little_more_than_the_length() -> None:
-    """The multiply-adds of all tiles and windows, counted: L log^2 L, far from L^2."""
+def test_online_work_grows_by_a_little_more_than_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The multiply-adds of the tiles and FFTs that steps really call, counted: L log^2 L, far from L^2."""
+    spent = 0.0
+
+    def counted_tile(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+        nonlocal spent
+        spent += x.shape[1] ** 2 if x.shape[1] <= module.DIRECT_TILE else 0
+        return tile(x, kernel)
+
+    def counted_convolve(x: torch.Tensor, kernel: torch.Tensor, first: int) -> torch.Tensor:
+        nonlocal spent
+        spent += 2 * x.shape[1] * x.shape[1].bit_length()
+        return convolve(x, kernel, first)
+
+    module = long_convolution_module
+    tile, convolve = module._tile, module.convolve
+    monkeypatch.setattr(module, "_tile", counted_tile)
+    monkeypatch.setattr(module, "convolve", counted_convolve)
 
     def work(length: int) -> float:
-        total, since, window = 0.0, 0, 0
-        for t in range(length):
-            if since == window:
-                window, since = 1 << max(0, t.bit_length() - 1), 0
-                total += 2 * window * max(1, window.bit_length())
-            since += 1
-            size = since & -since if since < window else 0
-            total += size**2 if size <= 32 else 4 * size * size.bit_length()
-        return total
+        nonlocal spent
+        spent, past, kernel, x = 0.0, None, torch.randn(1, length), torch.randn(1, length, 1)
+        with torch.no_grad(), state.in_place():
+            for t in range(length):
+                _, past = long_convolution(x[:, t : t + 1], kernel, state=past)
+        return spent
 
-    assert work(8192) < 3 * work(4096) and work(8192) < 8192**2 / 20
+    short, long = work(1024), work(2048)
+    assert 2 * short < long < 3 * short
+    assert long < 2048**2 / 10
+
+
+def test_an_online_step_reads_a_tile_of_the_ring_and_not_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, read = torch.randn(C, 256), []
+    original = long_convolution_module._read
+
+    def noted(inputs: torch.Tensor, place: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        read.append((inputs.data_ptr(), place.numel()))
+        return original(inputs, place, *others)
+
+    with torch.no_grad(), state.in_place():
+        _, past = long_convolution(torch.randn(1, 256, C), kernel)
+        _, past = long_convolution(torch.randn(1, 1, C), kernel, state=past)  # begins a window
+        ring = past.inputs.data_ptr()
+        monkeypatch.setattr(long_convolution_module, "_read", noted)
+        for _ in range(7):
+            _, past = long_convolution(torch.randn(1, 1, C), kernel, state=past)
+    assert read == [(ring, n) for n in (2, 1, 4, 1, 2, 1, 8)]  # the ring itself, no copy
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("time", [5, 8])
+def test_steps_never_write_into_the_callers_inputs(time: int, in_place: bool) -> None:
+    """Not even where a first segment fills the ring exactly and the state may be written."""
+    x, kernel = normal(B, time, C), normal(C, 8)
+    before = x.clone()
+    with torch.no_grad():
+        _, past = long_convolution(x, kernel)
+        with state.in_place() if in_place else contextlib.nullcontext():
+            for _ in range(9):
+                _, past = long_convolution(normal(B, 1, C), kernel, state=past)
+    assert torch.equal(x, before)
+
+
+def test_a_step_leaves_the_old_state_as_it_was() -> None:
+    x, kernel = normal(B, 40, C), normal(C, 13)
+    _, past = long_convolution(x[:, :1], kernel)
+    for t in range(1, 40):
+        old = state.fork(past)
+        _, following = long_convolution(x[:, t : t + 1], kernel, state=past)
+        for a, b in zip(state.tensors(old), state.tensors(past)):
+            assert torch.equal(a, b)
+        past = following
+
+
+@pytest.mark.parametrize("form", ["reference", "torch"])
+@pytest.mark.parametrize("time", [0, 1, 2, 5])
+def test_an_empty_batch(form: str, time: int) -> None:
+    with ops.use(form):
+        y, past = long_convolution(torch.zeros(0, time, C), torch.randn(C, 5))
+        y, past = long_convolution(torch.zeros(0, 1, C), torch.randn(C, 5), state=past)
+    assert y.shape == (0, 1, C) and len(past.position) == 0
 
 
 def test_states_from_different_lengths_stack() -> None:

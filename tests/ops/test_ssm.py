@@ -39,9 +39,9 @@ def test_the_real_system_is_hippo_in_another_basis() -> None:
     readout = normal(n)
     C = (readout.to(V.dtype) @ V)[: n // 2]
     a, b, c = ssm.real_dplr(L, P, P, Bh, C)
-    for l in range(5):  # C A^l B is the same in every basis
-        wanted = readout @ torch.linalg.matrix_power(A, l) @ B
-        torch.testing.assert_close(c @ torch.linalg.matrix_power(a, l) @ b, wanted, rtol=1e-10, atol=1e-10)
+    for lag in range(5):  # C A^lag B is the same in every basis
+        wanted = readout @ torch.linalg.matrix_power(A, lag) @ B
+        torch.testing.assert_close(c @ torch.linalg.matrix_power(a, lag) @ b, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_s4d_initial_eigenvalues() -> None:
@@ -86,9 +86,27 @@ def test_kernels_are_the_powers_whatever_the_length(length: int) -> None:
         x = (A_bar @ x[..., None])[..., 0]
     torch.testing.assert_close(ssm.dplr_kernel(L, P, P, B, C, dt, length), torch.stack(wanted, 1), rtol=0, atol=1e-11)
     a_bar, b_bar = ssm.zoh(L, B, dt[:, None])
-    wanted_diagonal = [2 * (C * b_bar * a_bar**l).real.sum(-1) for l in range(length)]
+    wanted_diagonal = [2 * (C * b_bar * a_bar**lag).real.sum(-1) for lag in range(length)]
     found = ssm.vandermonde_kernel(a_bar, b_bar, C, length)
     torch.testing.assert_close(found, torch.stack(wanted_diagonal, 1), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("decay", [-1e-4, -1.0, -50.0, -800.0])
+def test_kernels_and_their_gradients_are_finite_at_any_decay(decay: float) -> None:
+    """exp(-800) is 0 in either precision; its powers and their derivatives are 0 too, and not NaN."""
+    torch.manual_seed(0)
+    angle, C = 3 * torch.rand(CHANNELS, HALF), torch.randn(CHANNELS, HALF, dtype=torch.complex128)
+    found, grads = [], []
+    for dtype in (torch.complex64, torch.complex128):
+        z = torch.complex(torch.full_like(angle, decay), angle).to(dtype).requires_grad_()
+        kernel = ssm.vandermonde_kernel(z.exp(), C.to(dtype), C.to(dtype), 200)
+        grads.append(torch.view_as_real(*torch.autograd.grad((kernel**2).sum(), z)))
+        found.append(kernel.detach().double())
+    exact = torch.stack([2 * (C * C * (lag * z.detach()).exp()).real.sum(-1) for lag in range(200)], 1)
+    torch.testing.assert_close(found[1], exact, rtol=0, atol=1e-11)
+    # fp32: an angle of up to 3 is rounded to 1e-7 of itself, and 200 steps add that up
+    torch.testing.assert_close(found[0], exact, rtol=0, atol=200 * 3e-7 * exact.abs().max().item())
+    assert grads[0].isfinite().all() and grads[1].isfinite().all()
 
 
 @pytest.mark.parametrize("time", LENGTHS)

@@ -2,16 +2,16 @@
 
     y_t = sum_{j < min(t + 1, l_max)} k_j x_{t-j} + D x_t            lags from l_max on weigh nothing
 
-A filter that is no recurrence needs its inputs back: the state is a ring of the last P >= l_max of them (P a power of two),
-which grows until it is full. A segment is one FFT over the history and itself. Single steps are the exact online
+A filter that is no recurrence needs its inputs back: the state is a ring of the last P >= l_max of them (P a power of
+two), which grows until it is full. A segment is one FFT over the history and itself. Single steps are the exact online
 convolution of Flash Inference (arXiv:2410.12982): after step s of a window, the last U inputs, U the lowest set bit
 of s, are convolved with the filter into the next U outputs, so that L tokens cost O(L log^2 L) in total and not O(L^2).
 
     window:   step  1  2  3  4  5  6  7  8
               U     1  2  1  4  1  2  1  -        each pair (input, later output) falls into exactly one tile
 
-A window begins with one FFT that convolves all earlier inputs into its outputs; it is as long as the largest power of two
-within the past, so that windows double with the sequence, up to P.
+A window begins with one FFT that convolves all earlier inputs into its outputs; it is as long as the largest power
+of two within the past, so that windows double with the sequence, up to P.
 """
 
 from typing import NamedTuple
@@ -32,8 +32,8 @@ DIRECT_TILE = 32
 class ConvolutionState(NamedTuple):
     """The past of an online convolution.
 
-    Input number n stands in slot n mod P of the ring. `pending` holds what earlier tiles have added to the outputs of the
-    window, which is `window` steps long and of which `since` have passed; it is void where both are equal.
+    Input number n stands in slot n mod P of the ring. `pending` holds what earlier tiles have added to the outputs of
+    the window, which is `window` steps long and of which `since` have passed; it is void where both are equal.
     """
 
     inputs: Float[Tensor, "batch slots channels"]
@@ -121,6 +121,8 @@ def convolve(
 ) -> Float[Tensor, "batch outputs channels"]:
     """Outputs `first`, first + 1, ... of the causal convolution, by FFT; as many as there are inputs from there on."""
     length = x.shape[1]
+    if not x.shape[0]:  # FFTs refuse an empty batch
+        return x[:, first:]
     kernel = kernel[:, :length]
     # a circular convolution spoils its first taps-1 outputs, of which `first` are dropped anyway
     size = _fast_size(max(length, length - first + kernel.shape[1] - 1))
@@ -135,15 +137,15 @@ def _fast_size(n: int) -> int:
 
 
 def _past(state: ConvolutionState, kernel: Tensor) -> Tensor:
-    """The inputs that lags below l_max reach, oldest first, zeros before the beginning: (batch, <= l_max - 1, channels)."""
+    """The inputs that lags below l_max reach, oldest first, zeros before the start: (batch, <= l_max - 1, channels)."""
     reach = min(kernel.shape[1] - 1, int(state.position.max()) if len(state.position) else 0)
     place = state.position[:, None] - reach + torch.arange(reach, device=kernel.device)
     return _read(state.inputs, place, kernel)
 
 
-def _read(inputs: Tensor, place: Tensor, kernel: Tensor) -> Tensor:
-    """Inputs by their absolute number (batch, n); zeros before the beginning."""
-    rows = torch.arange(inputs.shape[0], device=inputs.device)[:, None]
+def _read(inputs: Tensor, place: Tensor, kernel: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Inputs of some rows (all by default) by their absolute number (rows, n); zeros before the beginning."""
+    rows = (torch.arange(inputs.shape[0], device=inputs.device) if rows is None else rows)[:, None]
     slot = (place % ring_size(kernel.shape[1])).clamp(max=max(inputs.shape[1] - 1, 0))
     return torch.where((place >= 0)[..., None], inputs[rows, slot], 0)
 
@@ -156,7 +158,7 @@ def _after(
     end = state.position + (time if lengths is None else lengths)
     slots = min(int(end.max()) if batch else 0, ring)
     if not state.inputs.shape[1] and lengths is None and time <= ring:
-        inputs = x  # a fresh start: the ring is not yet full
+        inputs = x.clone()  # a fresh start: the ring is not yet full; the caller's x stays the caller's
     else:
         slot = torch.arange(slots, device=x.device)
         place = end[:, None] - 1 - (end[:, None] - 1 - slot) % ring  # the newest input of each slot
@@ -178,7 +180,7 @@ def _after(
 def _step(
     x: Tensor, kernel: Tensor, state: ConvolutionState, lengths: Tensor | None
 ) -> tuple[Tensor, ConvolutionState]:
-    """One step of every row, online: the window's pending output, and what the new input adds to it and to later ones."""
+    """One step of every row, online: the window's pending output, and what the input adds to it and to later ones."""
     batch, ring = x.shape[0], ring_size(kernel.shape[1])
     slots = min(int(state.position.max()) + 1 if batch else 0, ring)
     if slots > state.inputs.shape[1]:
@@ -200,7 +202,7 @@ def _step(
             chosen = going[tile == size]
             place = state.position[chosen, None] - size + 1 + torch.arange(size, device=x.device)
             later = (state.since[chosen] + 1)[:, None] + torch.arange(size, device=x.device)
-            added = _tile(_read(inputs[chosen], place, kernel), kernel)
+            added = _tile(_read(inputs, place, kernel, chosen), kernel)
             pending[chosen[:, None], later] = pending[chosen[:, None], later] + added
     moved = 1 if lengths is None else lengths
     return y, ConvolutionState(inputs, pending, state.position + moved, state.since + moved, state.window)

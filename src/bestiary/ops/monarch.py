@@ -2,7 +2,7 @@
 
     y = P^T B_2 P B_1 x          P writes the entries (block, place) in the order (place, block)
 
-With b blocks each, an (out x in) map costs 2 b (in/b m/b + m/b out/b) FLOPs in place of 2 in out, m being the inner width.
+With b blocks each and inner width m, an (out x in) map costs 2 b (in/b m/b + m/b out/b) FLOPs in place of 2 in out.
 """
 
 import torch
@@ -23,14 +23,14 @@ def monarch(
     Args:
         x: in_features = blocks * in_block entries.
         first: B_1; the blocks' outputs have blocks * inner entries in all.
-        second: B_2, of inner_blocks * inner_block = blocks * inner inputs, with inner_blocks = inner and inner_block = blocks
-            in a square Monarch matrix; out_features = inner_blocks * out_block.
+        second: B_2, of inner_blocks * inner_block = blocks * inner inputs (inner_blocks = inner and inner_block =
+            blocks in a square Monarch matrix); out_features = inner_blocks * out_block.
 
     Raises:
         UsageError: the shapes do not fit.
     """
     blocks, inner, in_block = first.shape
-    inner_blocks, out_block, inner_block = second.shape
+    inner_blocks, _, inner_block = second.shape
     if x.shape[-1] != blocks * in_block:
         raise UsageError(f"x has {x.shape[-1]} entries, the first factor takes {blocks} x {in_block}")
     if inner_blocks * inner_block != blocks * inner or inner % inner_blocks:

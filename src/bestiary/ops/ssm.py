@@ -1,4 +1,4 @@
-"""Linear time-invariant state-space models: S4 (arXiv:2111.00396), S4D (2206.11893), and HiPPO (2008.07669) behind them.
+"""Linear time-invariant state-space models: S4 (arXiv:2111.00396), S4D (2206.11893), and HiPPO (2008.07669).
 
     x'(t) = A x(t) + B u(t),   y(t) = C x(t) + D u(t)            in continuous time, one system a channel
     h_t = A_bar h_{t-1} + B_bar u_t,   y_t = C h_t + D u_t       discretised with a step size dt
@@ -69,7 +69,7 @@ def s4d_inv(half: int) -> Complex[Tensor, " half"]:
 
 
 def zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero-order hold of a diagonal A (the input is constant during a step): A_bar = exp(dt A), B_bar = (A_bar - 1)/A B.
+    """Zero-order hold of a diagonal A (inputs are constant during a step): A_bar = exp(dt A), B_bar = (A_bar - 1)/A B.
 
     A, B: (..., N) real or complex; dt: broadcastable to them. A may be 0, where B_bar is dt B.
     """
@@ -309,7 +309,7 @@ class _Chunked(NamedTuple):
 
 
 def _chunkwise(u: Tensor, system: _Chunked, state: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    batch, time, channels = u.shape
+    batch, time, _ = u.shape
     size = system.kernel.shape[-1]
     if not time:
         return torch.zeros_like(u), state
@@ -334,10 +334,10 @@ def _final(u: Tensor, system: _Chunked, starts: Tensor, end: int | Tensor) -> Te
     """The state after `end` steps: from the start of the chunk where they end, by powers of two."""
     size = system.kernel.shape[-1]
     if isinstance(end, int):
-        state, rest, place = starts[end // size], end % size, end - end % size
+        state, place = starts[end // size], end - end % size
         bit = size // 2
         while bit:
-            if rest & bit:
+            if end & bit:
                 state = system.advance(state, bit) + _written(u[:, place : place + bit], system)
                 place += bit
             bit //= 2
