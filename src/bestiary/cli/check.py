@@ -1,5 +1,6 @@
 """`bestiary check`: the laws of the contract, tried on mixers."""
 
+import functools
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -50,12 +51,8 @@ def main(argv: list[str]) -> int:
     verdicts: list[Verdict] = []
     start = time.perf_counter()
     for registry, name in track(wanted, "trying the laws", console=Console(stderr=True), transient=True):
-        verdicts += check(
-            name,
-            lambda registry=registry, name=name: registry.build(name, arguments.d_model),
-            examples=arguments.examples,
-            seed=arguments.seed,
-        )
+        build = functools.partial(registry.build, name, arguments.d_model)
+        verdicts += check(name, build, examples=arguments.examples, seed=arguments.seed)
     names = list(dict.fromkeys(verdict.mixer for verdict in verdicts))
     columns = max(1, (console.width - 44) // 14)
     for first in range(0, len(names), columns):

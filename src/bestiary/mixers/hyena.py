@@ -8,6 +8,7 @@ The filter is a function of the lag t (in units of l_max), h_t = MLP(features(t)
 as activations and a decay delta of each channel's own; it does not depend on how long a segment is.
 """
 
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ class ImplicitFilter(nn.Module):
             raise UsageError(f"l_max={l_max}, filter_order={order} and filter_bands={bands} must be at least 1")
         self.channels, self.l_max, self.bands, self.start, self.shift = channels, l_max, bands, frequency, shift
         widths = [2 * bands + 1, order, order, order]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.last = nn.Linear(order, channels, bias=False)
         self.frequency = nn.Parameter(torch.empty(order))
         for linear in (*self.layers, self.last):
@@ -72,10 +73,12 @@ class ImplicitFilter(nn.Module):
         angle = 2 * math.pi / self.l_max * t * torch.linspace(1e-4, self.bands - 1, self.bands, **place)
         t = t / max(1, self.l_max - 1)
         x = torch.cat([t, angle.cos(), -angle.sin()], dim=-1)
-        for linear in self.layers:
-            bias = None if linear.bias is None else linear.bias.to(dtype)
-            x = torch.sin(self.frequency.to(dtype) * nn.functional.linear(x, linear.weight.to(dtype), bias))
-        h = nn.functional.linear(x, self.last.weight.to(dtype))
+        *hidden, last = (
+            (parameter.to(dtype) for parameter in linear.parameters()) for linear in (*self.layers, self.last)
+        )
+        for weights in hidden:
+            x = torch.sin(self.frequency.to(dtype) * nn.functional.linear(x, *weights))
+        h = nn.functional.linear(x, *last)
         decay = torch.linspace(math.log(0.01) / 1.5, math.log(0.01) / 0.3, self.channels, **place)
         return (h * ((t * decay).exp() + self.shift)).T
 

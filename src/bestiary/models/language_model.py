@@ -67,6 +67,16 @@ class Block(nn.Module):
         return x, LayerState(mixed, remembered)
 
 
+    def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        """One step of every row through the layer: (batch, d_model)."""
+        y, mixed = self.mixer.step(self.norm(x), state.mixer)
+        x, remembered = x + y, state.channel
+        if self.channel is not None and self.channel_norm is not None:
+            y, remembered = self.channel.step(self.channel_norm(x), state.channel)
+            x = x + y
+        return x, LayerState(mixed, remembered)
+
+
 class LanguageModel(nn.Module):
     """A stack of blocks over tokens: `logits, state = model(tokens, state)`.
 
@@ -132,12 +142,8 @@ class LanguageModel(nn.Module):
         """One token of every row: logits of the next, and the state."""
         x, after = self.embedding(tokens), []
         for block, layer in zip(self.blocks, state.layers):
-            y, mixed = block.mixer.step(block.norm(x), layer.mixer)
-            x, remembered = x + y, layer.channel
-            if block.channel is not None:
-                y, remembered = block.channel.step(block.channel_norm(x), layer.channel)
-                x = x + y
-            after.append(LayerState(mixed, remembered))
+            x, layer = block.step(x, layer)  # type: ignore[operator]
+            after.append(layer)
         return self.head(self.norm(x)), ModelState(tuple(after))
 
     def loss(

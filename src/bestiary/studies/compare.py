@@ -8,12 +8,13 @@ where a kill, or Ctrl-C, stopped it.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import platform
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -26,18 +27,25 @@ from bestiary.errors import UsageError
 from bestiary.models import LanguageModel, ModelConfig
 from bestiary.models.costs import CONTEXTS, costs, total
 from bestiary.studies import floors, inputs, jobs, speed
-from bestiary.studies.architectures import find_all, recall_layout
+from bestiary.studies.architectures import DEFAULT, find_all, recall_layout
 from bestiary.studies.fitting import count, fit
 from bestiary.studies.mqar import Recall
 from bestiary.studies.pool import Pool
 from bestiary.studies.records import Records
 
-TRAINING_SHARE = 0.72
-"""Of the minutes: text and recall training and the trials; the rest measures speed and writes."""
-RECALL_SHARE = 0.25
-"""Of the training time: the recall probes."""
+OVERHEAD = 20.0
+"""Seconds for starting processes, reading the corpus, floors and the report."""
+TRAINING_SHARE = 0.75
+"""Of the minutes left: text and recall training and the trials; the rest measures speed and writes."""
+RECALL_SHARE = 0.3
+"""Of the training time: the recall probes, at most."""
 TRIAL_SHARE = 0.12
 """Of a run: its beginning, tried with every learning rate; the best one goes on from there."""
+RECALL_TRIAL_SHARE = 0.3
+"""Of a recall probe: the length of its trials."""
+MOST_RECALL_STEPS = 1000
+LEAST_STEPS = 20
+SAMPLE_TEMPERATURE = 0.8
 SAMPLE_PROMPT = "\n"
 SAMPLE_TOKENS = 240
 
@@ -103,6 +111,7 @@ class Plan:
     steps: int
     trial_steps: int
     recall_steps: int
+    recall_trial_steps: int
 
 
 class Progress:
@@ -126,16 +135,16 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Path:
 
 class _Study:
     def __init__(self, config: CompareConfig, progress: Progress):
-        for spec in config.mixer:
-            mixers.registry.load(spec)
-        names = (*config.arch, *(mixers.registry.load(spec) for spec in config.mixer))
+        own = tuple(mixers.registry.load(spec) for spec in config.mixer)
         self.config, self.progress = config, progress
-        self.architectures = find_all(names if config.arch or not config.mixer else (*find_names(), *names))
+        self.architectures = find_all((*(config.arch or DEFAULT), *own))
         self.folder = Path(config.folder)
         self.began = time.perf_counter()
-        self.records = Records(self.folder)
         self._claim_folder()
+        self.records = Records(self.folder)
         self.data = inputs.prepare(config.data, config.task, self.folder / "data")
+        self.spec = self.data.spec(config.batch_size, config.sequence_length)
+        self.batches = inputs.batches(self.spec, 0)
         self.recall = Recall()
 
     def _claim_folder(self) -> None:
@@ -147,6 +156,8 @@ class _Study:
                 raise UsageError(
                     f"{self.folder} holds a comparison with other options; choose another --folder, or add --restart"
                 )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise UsageError(f"{self.folder} holds other files; choose another --folder")
         else:
             write_whole(path, json.dumps(wanted, indent=2))
 
@@ -154,9 +165,10 @@ class _Study:
         if self.records.has(kind="finished"):
             return self.folder
         configs = self._models()
-        plan = self._plan(configs)
+        timings = self._timings(configs)
+        plan = self._plan(timings)
         self._describe(plan)
-        self._train(configs, plan)
+        self._train(configs, plan, timings)
         self._floors(plan)
         self._speeds(configs)
         self._samples(configs)
@@ -166,13 +178,12 @@ class _Study:
     # the phases, each of which skips what is recorded already
 
     def _models(self) -> dict[str, ModelConfig]:
-        self.progress.phase("fitting widths")
+        self.progress.phase("fitting widths to the parameters")
         configs = {}
         for architecture in self.architectures:
             known = self.records.find(kind="model", arch=architecture.name)
             if known:
-                layout, width = known[0]["layout"], known[0]["d_model"]
-                configs[architecture.name] = ModelConfig(layout, width, self.data.vocab_size)
+                configs[architecture.name] = ModelConfig(known[0]["layout"], known[0]["d_model"], self.data.vocab_size)
                 continue
             config = fit(architecture.layout, self.config.parameters, vocab_size=self.data.vocab_size)
             configs[architecture.name] = config
@@ -192,44 +203,48 @@ class _Study:
             )
         return configs
 
-    def _plan(self, configs: dict[str, ModelConfig]) -> Plan:
+    def _timings(self, configs: dict[str, ModelConfig]) -> dict[tuple[str, str], float]:
+        """Seconds that a training step of each takes, with all workers busy."""
+        names = list(configs)
+        known = self.records.find(kind="timing")
+        if not known:
+            self.progress.phase("timing a few steps of each")
+            pool = self._pool()
+            for name in names:
+                pool.add(replace(self._text_job(name, configs[name], 1), timing=True))
+                pool.add(replace(self._recall_job(name, 1), timing=True))
+            found = {(job.kind, job.arch): result["seconds_per_step"] for job, result in pool.results(lambda: None)}
+            seconds = [[kind, arch, found[kind, arch]] for kind in ("text", "recall") for arch in names]
+            known = [self.records.add(kind="timing", seconds_per_step=seconds)]
+        return {(kind, arch): seconds for kind, arch, seconds in known[0]["seconds_per_step"]}
+
+    def _plan(self, timings: dict[tuple[str, str], float]) -> Plan:
+        """Steps that fit the minutes, from the seconds that a step of each takes."""
         path = self.folder / "plan.json"
         if path.exists():
             return Plan(**json.loads(path.read_text(encoding="utf-8")))
-        self.progress.phase("timing a few steps of each")
-        timings: dict[tuple[str, str], float] = {}
-        pool = self._pool()
-        for name, config in configs.items():
-            pool.add(
-                self._text_job(name, config, self.config.learning_rates[0], 0, Plan(10**6, 1, 1), until=0, timing=True)
-            )
-            pool.add(self._recall_job(name, self.config.learning_rates[0], 0, steps=0, timing=True))
-        for job, result in pool.results(lambda: None):
-            timings[job.kind, job.arch] = result["seconds_per_step"]
-        plan = self._divide(timings)
+        config = self.config
+        seconds = max(5.0, 60 * config.minutes - OVERHEAD) * TRAINING_SHARE * self.workers
+        text, recall = (sum(value for (kind, _), value in timings.items() if kind == of) for of in ("text", "recall"))
+        recall_runs = config.n_seeds + RECALL_TRIAL_SHARE * len(jobs.RECALL_RATES)
+        recall_steps = min(MOST_RECALL_STEPS, int(RECALL_SHARE * seconds / (recall * recall_runs)))
+        left = seconds - recall_steps * recall_runs * recall
+        runs = config.n_seeds + TRIAL_SHARE * (len(config.learning_rates) - 1)
+        if config.tokens is None:
+            steps = int(left / (text * runs))
+        else:
+            steps = math.ceil(config.tokens / (self.batches.batch_size * self.batches.time))
+        steps, recall_steps = max(LEAST_STEPS, steps), max(LEAST_STEPS, recall_steps)
+        plan = Plan(
+            steps, max(2, round(TRIAL_SHARE * steps)), recall_steps, max(2, round(RECALL_TRIAL_SHARE * recall_steps))
+        )
         write_whole(path, json.dumps(dataclasses.asdict(plan), indent=2))
         return plan
-
-    def _divide(self, timings: dict[tuple[str, str], float]) -> Plan:
-        """Steps that fit the minutes, from the seconds that a step of each takes."""
-        seconds = 60 * self.config.minutes * TRAINING_SHARE * self.workers
-        text = sum(value for (kind, _), value in timings.items() if kind == "text")
-        recall = sum(value for (kind, _), value in timings.items() if kind == "recall")
-        tokens_a_step = self.data.batches(self.config, 0).batch_size * self.data.batches(self.config, 0).time
-        runs = self.config.n_seeds + TRIAL_SHARE * (len(self.config.learning_rates) - 1)
-        if self.config.tokens is not None:
-            steps = math.ceil(self.config.tokens / tokens_a_step)
-        else:
-            steps = int((1 - RECALL_SHARE) * seconds / (text * runs))
-        recall_runs = self.config.n_seeds + 0.3 * (len(jobs.RECALL_RATES) - 1)
-        recall_steps = int(RECALL_SHARE * seconds / (recall * recall_runs))
-        steps = max(20, steps)
-        return Plan(steps, max(5, round(TRIAL_SHARE * steps)), min(2000, max(40, recall_steps)))
 
     def _describe(self, plan: Plan) -> None:
         if self.records.has(kind="study"):
             return
-        batches = self.data.batches(self.config, 0)
+        recall = self.recall
         self.records.add(
             kind="study",
             title="compare",
@@ -242,29 +257,29 @@ class _Study:
                 "python": platform.python_version(),
             },
             corpus=self.data.description,
-            tokens=plan.steps * batches.batch_size * batches.time,
+            tokens=plan.steps * self.batches.batch_size * self.batches.time,
             steps=plan.steps,
             trial_steps=plan.trial_steps,
-            sequence_length=batches.time,
-            batch_size=batches.batch_size,
+            sequence_length=self.batches.time,
+            batch_size=self.batches.batch_size,
             seeds=list(range(self.config.n_seeds)),
             tokenizer="bytes",
             vocab_size=self.data.vocab_size,
             recall={
-                "pairs": self.recall.pairs,
-                "length": self.recall.length,
-                "vocab": self.recall.vocab_size,
-                "probes": jobs.RECALL_PROBES * self.recall.pairs,
+                "pairs": recall.pairs,
+                "length": recall.length,
+                "vocab": recall.vocab_size,
+                "probes": jobs.RECALL_PROBES * recall.pairs,
                 "steps": plan.recall_steps,
-                "chance": self.recall.chance,
-                "blind": 1 / (self.recall.vocab_size // 2),
+                "chance": recall.chance,
+                "blind": 1 / (recall.vocab_size // 2),
                 "description": (
-                    f"Multi-query associative recall: {self.recall.pairs} random key-value pairs, then every key again, in "
-                    f"{self.recall.length} tokens; the model must give each key's value. Not the text models above but small "
-                    "ones made for it (width 64: a short convolution, then each different layer of the layout once, no "
-                    f"MLP), trained from scratch on {plan.recall_steps} batches of {jobs.RECALL_BATCH} sequences and probed on "
-                    f"{jobs.RECALL_PROBES} new ones. Chance is a guess among the {self.recall.pairs} values in the context. A low "
-                    "score says 'not within these steps', never 'cannot'."
+                    f"Multi-query associative recall: {recall.pairs} random key-value pairs, then every key again, in "
+                    f"{recall.length} tokens; the model must give each key's value. Not the text models above but small "
+                    "ones made for it (width 64: a short convolution, then each different layer of the layout once, "
+                    f"no MLP), trained from scratch on {plan.recall_steps} batches of {jobs.RECALL_BATCH} sequences and "
+                    f"probed on {jobs.RECALL_PROBES} new ones. Chance is a guess among the {recall.pairs} values in the "
+                    "context. A low score says 'not within these steps', never 'cannot'."
                 ),
             },
         )
@@ -276,65 +291,43 @@ class _Study:
     def _pool(self) -> Pool:
         return Pool(jobs.work, self.workers)
 
-    def _text_job(
-        self, arch: str, config: ModelConfig, lr: float, seed: int, plan: Plan, *, until: int, timing: bool = False
-    ) -> "jobs.Job":
+    def _text_job(self, arch: str, config: ModelConfig, steps: int) -> jobs.Job:
         return jobs.Job(
             kind="text",
             arch=arch,
             model=config.to_dict(),
-            lr=lr,
-            seed=seed,
-            steps=plan.steps,
-            until=until,
-            folder=str(self.folder / "runs" / _safe(f"{arch} seed{seed} lr{lr:g}")),
-            mixers=self.config.mixer,
-            timing=timing,
-            data=self.data.spec(self.config),
-        )
-
-    def _recall_job(
-        self, arch: str, lr: float, seed: int, *, steps: int, until: int = 0, timing: bool = False
-    ) -> "jobs.Job":
-        layout = next(a.layout for a in self.architectures if a.name == arch)
-        config = ModelConfig(recall_layout(layout), 64, self.recall.vocab_size, norm="layer", embedding_std=0.125)
-        return jobs.Job(
-            kind="recall",
-            arch=arch,
-            model=config.to_dict(),
-            lr=lr,
-            seed=seed,
+            lr=self.config.learning_rates[0],
+            seed=0,
             steps=steps,
-            until=until or steps,
-            folder=str(self.folder / "runs" / _safe(f"recall {arch} seed{seed} lr{lr:g}")),
+            until=steps,
+            folder=str(self.folder / "runs" / _safe(arch)),
             mixers=self.config.mixer,
-            timing=timing,
-            data=None,
+            data=self.spec,
         )
 
-    def _train(self, configs: dict[str, ModelConfig], plan: Plan) -> None:
-        """Trials, then runs with each architecture's best rate; recall likewise; as many at a time as there are workers."""
+    def _recall_job(self, arch: str, steps: int) -> jobs.Job:
+        layout = next(architecture.layout for architecture in self.architectures if architecture.name == arch)
+        config = ModelConfig(recall_layout(layout), 64, self.recall.vocab_size, norm="layer", embedding_std=0.125)
+        job = self._text_job(arch, config, steps)
+        return replace(job, kind="recall", lr=jobs.RECALL_RATES[0], data=None)
+
+    def _train(self, configs: dict[str, ModelConfig], plan: Plan, timings: dict[tuple[str, str], float]) -> None:
+        """Trials, then runs with each architecture's best rate; recall likewise; a worker each."""
         self.progress.phase("training")
-        schedule = jobs.Schedule(
-            self.records,
-            {name: config for name, config in configs.items()},
-            plan_steps=(plan.trial_steps, plan.steps, max(1, round(0.3 * plan.recall_steps)), plan.recall_steps),
-            rates={"text": self.config.learning_rates, "recall": jobs.RECALL_RATES},
-            seeds=self.config.n_seeds,
-            make={
-                "text": lambda name, lr, seed, until: self._text_job(name, configs[name], lr, seed, plan, until=until),
-                "recall": lambda name, lr, seed, until: self._recall_job(
-                    name, lr, seed, steps=plan.recall_steps, until=until
-                ),
-            },
-        )
-        schedule.run(self._pool, self.progress.advance)
+        seeds, tracks = self.config.n_seeds, []
+        for name, config in configs.items():
+            text, recall = self._text_job(name, config, plan.steps), self._recall_job(name, plan.recall_steps)
+            rates = self.config.learning_rates
+            tracks.append(jobs.Track(text, rates, plan.trial_steps, seeds, timings["text", name]))
+            seconds = timings["recall", name]
+            tracks.append(jobs.Track(recall, jobs.RECALL_RATES, plan.recall_trial_steps, seeds, seconds))
+        jobs.Schedule(self.records, tracks, self.recall.chance).run(self._pool(), self.progress.advance)
 
     def _floors(self, plan: Plan) -> None:
-        if self.config.task is not None or self.records.has(kind="floor", name="xz"):
+        if not isinstance(self.data, inputs.TextData) or self.records.has(kind="floor", name="xz"):
             return
         self.progress.phase("n-gram and xz floors")
-        seen = self.data.training_bytes(self.config, plan.steps)
+        seen = self.data.training_bytes(self.spec, plan.steps)
         text = self.data.validation_bytes
         detail = f"on the same {len(seen):,} training bytes"
         value = floors.ngram_bits_per_byte(seen, text)
@@ -343,20 +336,20 @@ class _Study:
         self.records.add(kind="floor", name="xz", bpb=value, detail=f"what the text adds to an archive, {detail}")
 
     def _speeds(self, configs: dict[str, ModelConfig]) -> None:
-        models = {name: LanguageModel(config).eval() for name, config in configs.items()}
-        if not all(self.records.has(kind="train_speed", arch=name) for name in models):
+        if not self.records.has(kind="train_speed"):
             self.progress.phase("training speed")
-            batches = self.data.batches(self.config, 0)
-            steps = {name: jobs.TimedStep(LanguageModel(config), batches) for name, config in configs.items()}
-            speed.interleaved({name: step.run for name, step in steps.items()}, 1)  # to warm up
-            for name, found in speed.interleaved({name: step.run for name, step in steps.items()}, 5).items():
+            timed = {name: jobs.TimedStep(LanguageModel(config), self.batches) for name, config in configs.items()}
+            measures = {name: step.tokens_per_second for name, step in timed.items()}
+            speed.interleaved(measures, 1)  # to warm up
+            for name, found in speed.interleaved(measures, 3).items():
                 self.records.add(kind="train_speed", arch=name, tokens_per_second=speed.spread(found))
         if not self.records.has(kind="cost"):
+            models = {name: LanguageModel(config).eval() for name, config in configs.items()}
             for record in speed.costs(
                 models,
                 CONTEXTS,
                 longest=2048 if self.config.minutes < 10 else 8192,
-                on_progress=lambda context: self.progress.phase(f"speed at context {context}"),
+                on_progress=lambda context: self.progress.phase(f"reading and writing speed at context {context}"),
             ):
                 self.records.add(kind="cost", **record)
 
@@ -366,25 +359,21 @@ class _Study:
             if self.config.task is not None or self.records.has(kind="sample", arch=name):
                 continue
             run = self.records.find(kind="run", arch=name, seed=0)
-            if not run or run[0].get("diverged"):
+            if not run or run[0]["diverged"]:
                 continue
             model, tokenizer = bestiary.load(run[0]["model_folder"])
             prompt = tokenizer.encode(SAMPLE_PROMPT).tolist()
-            tokens = model.eval().generate([prompt], max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=0)[0]
+            # the end of text ends a sample, too
+            tokens = model.eval().generate(
+                [prompt], max_new_tokens=SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, eos=tokenizer.eos_id, seed=0
+            )[0]
             self.records.add(
                 kind="sample",
                 arch=name,
                 prompt=SAMPLE_PROMPT,
-                text=tokenizer.decode(tokens[len(prompt) :]),
-                temperature=0.8,
+                text=tokenizer.decode(tokens),
+                temperature=SAMPLE_TEMPERATURE,
             )
-
-
-def find_names() -> tuple[str, ...]:
-    """The default selection."""
-    from bestiary.studies.architectures import DEFAULT
-
-    return DEFAULT
 
 
 def restart(folder: str) -> None:
@@ -397,11 +386,5 @@ def restart(folder: str) -> None:
 
 def _safe(name: str) -> str:
     """A folder name for any layout."""
-    import hashlib
-
     plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
-    return (
-        plain
-        if plain.replace("-", " ") == name and len(plain) < 80
-        else plain[:60] + hashlib.sha256(name.encode()).hexdigest()[:8]
-    )
+    return plain if plain == name and len(name) < 80 else plain[:60] + hashlib.sha256(name.encode()).hexdigest()[:8]

@@ -48,8 +48,9 @@ class TextData:
         """What a worker process needs to make the same batches."""
         return {"kind": "text", "folder": str(self.folder), "batch_size": batch_size, "time": time}
 
-    def training_bytes(self, batches: Batches, steps: int) -> bytes:
-        """The text of the windows that `steps` batches show, in their order."""
+    def training_bytes(self, spec: dict[str, Any], steps: int) -> bytes:
+        """The text of the windows that `steps` batches of seed 0 show, in their order."""
+        batches = Batches(Shards(self.folder / "train"), spec["batch_size"], spec["time"], 0)
         table = self.tokenizer.token_bytes()
         if self.vocab_size == 256 and table.max() == 1:  # ids are bytes
             return b"".join(batches.global_batch(step)[0].numpy().astype(np.uint8).tobytes() for step in range(steps))

@@ -23,7 +23,7 @@ class Pool:
     def __init__(self, work: Callable[[Any], Any], workers: int):
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         threads = max(1, (os.cpu_count() or 1) // workers)
-        self.work = work
+        self.work, self.workers = work, workers
         self.executor = ProcessPoolExecutor(workers, context, initializer=_prepare, initargs=(threads,))
         self.running: dict[Future, Any] = {}
 

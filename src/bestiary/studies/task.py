@@ -75,17 +75,13 @@ class TaskBatches:
         self.rows = [encode(example, tokenizer) for example in examples]
         width = max(len(tokens) for tokens, _ in self.rows)
         if width > longest:
-            raise UsageError(f"the longest example has {width} tokens, more than {longest}")
-        self.batch_size, self.seed, self.width = batch_size, seed, width - 1
+            raise UsageError(f"the longest example has {width} tokens, more than {longest}: raise --sequence-length")
+        self.batch_size, self.seed, self.time = batch_size, seed, width - 1
 
     def global_batch(self, step: int) -> tuple[Tensor, Tensor]:
         """(inputs, targets) of a step, (batch, time) int64 each."""
         chosen = np.random.default_rng((self.seed, step)).integers(len(self.rows), size=self.batch_size)
-        return pad([self.rows[i] for i in chosen], self.width)
-
-    def tokens(self, step: int) -> int:
-        """Tokens that a step reads, padding included."""
-        return self.batch_size * self.width
+        return pad([self.rows[i] for i in chosen], self.time)
 
 
 def encode(example: Example, tokenizer: Tokenizer) -> tuple[list[int], int]:

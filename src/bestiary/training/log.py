@@ -50,4 +50,4 @@ def _tensorboard(folder: Path, after: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:  # an extra: pip install bestiary[tensorboard]
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
