@@ -1,8 +1,10 @@
 """What the verbs share: command lines from dataclasses, and JSON results."""
 
 import contextlib
+import inspect
 import io
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +25,13 @@ def parse(arguments: type[T], argv: list[str], verb: str) -> T:
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(arguments, args=argv, prog=f"bestiary {verb}")
+            return tyro.cli(
+                arguments,
+                args=argv,
+                prog=f"bestiary {verb}",
+                description=inspect.getdoc(arguments),  # all of it: tyro itself drops the examples
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise SystemExit(0) from None  # --help, printed on stdout
@@ -38,7 +46,8 @@ def _first_message(box: str) -> str:
         if set(text) <= set("─╰╯") and words:
             break
         words.append(text)
-    return " ".join(filter(None, words)) or "the command line is wrong"
+    message = " ".join(filter(None, words)) or "the command line is wrong"
+    return re.sub(r"^Error parsing [\w.]+: ", "", message)  # "--option" stays, a group of options says nothing
 
 
 def write_json(path: Path | None, results: Any) -> None:

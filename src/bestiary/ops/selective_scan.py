@@ -86,7 +86,7 @@ def chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tenso
 
 
 class _Scan(torch.autograd.Function):
-    """Time comes first inside, so that each step's part of a tensor is contiguous."""
+    """Inside, time comes first and channels last: each step is contiguous, and all arithmetic runs along the channels."""
 
     @staticmethod
     def forward(
@@ -94,14 +94,15 @@ class _Scan(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         chunk = _chunk_steps(state)
         u, dt, B, C = (x.transpose(0, 1).contiguous() for x in (u, dt, B, C))
+        A, state = A.t().contiguous(), state.transpose(1, 2).contiguous()
         starts, y = [state], torch.empty_like(u)
         for i in range(0, len(u), chunk):
             part = slice(i, i + chunk)
             states = _states(u[part], dt[part], A, B[part], starts[-1])[0]
-            torch.matmul(states[1:], C[part, ..., None], out=y[part, ..., None])
+            torch.matmul(C[part, :, None], states[1:], out=y[part, :, None])
             starts.append(states[-1].clone())
         ctx.save_for_backward(u, dt, A, B, C, *starts[:-1])
-        return y.transpose(0, 1), starts[-1].clone()
+        return y.transpose(0, 1), starts[-1].transpose(1, 2).clone()
 
     @staticmethod
     @once_differentiable
@@ -109,32 +110,32 @@ class _Scan(torch.autograd.Function):
         u, dt, A, B, C, *starts = ctx.saved_tensors
         chunk, grad_y = _chunk_steps(grad_state), grad_y.transpose(0, 1).contiguous()
         grads = {name: torch.empty_like(x) for name, x in (("u", u), ("dt", dt), ("B", B), ("C", C))}
-        grad_A, grad_h = torch.zeros_like(A), grad_state
+        grad_A, grad_h = torch.zeros_like(A), grad_state.transpose(1, 2).contiguous()
         for index in reversed(range(len(starts))):
             part = slice(index * chunk, (index + 1) * chunk)
             states, decays = _states(u[part], dt[part], A, B[part], starts[index])
-            grads["C"][part] = torch.einsum("tbcn,tbc->tbn", states[1:], grad_y[part])
-            flow = grad_y[part, ..., None] * C[part, :, None]  # becomes the gradient of h_t
-            for t in reversed(range(len(flow))):
-                flow[t].add_(grad_h)
-                grad_h = decays[t] * flow[t]
-            step = dt[part]
-            written = (flow @ B[part, ..., None])[..., 0]  # gradient of dt * u
-            grads["u"][part] = written * step
-            grads["B"][part] = torch.einsum("tbcn,tbc->tbn", flow, step * u[part])
-            through = flow.mul_(decays).mul_(states[:-1])  # gradient of dt * A
-            grads["dt"][part] = written * u[part] + torch.einsum("tbcn,cn->tbc", through, A)
-            grad_A += torch.einsum("tbcn,tbc->cn", through, step)
+            step, out = dt[part], grad_y[part]
+            torch.matmul(states[1:], out[..., None], out=grads["C"][part, ..., None])
+            flow = C[part, ..., None] * out[:, :, None]  # becomes the gradient of h_t, then the one of dt * A
+            for here, decay in zip(reversed(flow.unbind()), reversed(decays.unbind())):
+                here.add_(grad_h)
+                grad_h = decay * here
+            written = torch.matmul(B[part, :, None], flow)[:, :, 0]  # gradient of dt * u
+            torch.matmul(flow, (step * u[part])[..., None], out=grads["B"][part, ..., None])
+            flow.mul_(decays).mul_(states[:-1])
+            torch.mul(written, step, out=grads["u"][part])
+            torch.addcmul((flow * A).sum(2), written, u[part], out=grads["dt"][part])
+            grad_A += flow.mul_(step[:, :, None]).sum((0, 1))
         back = {name: grad.transpose(0, 1) for name, grad in grads.items()}
-        return back["u"], back["dt"], grad_A, back["B"], back["C"], grad_h
+        return back["u"], back["dt"], grad_A.t(), back["B"], back["C"], grad_h.transpose(1, 2)
 
 
 def _states(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """(t, B, C) ... -> h before and after each step of a chunk, (t + 1, B, C, N), and the decays, (t, B, C, N)."""
-    decays = (dt[..., None] * A).exp_()
+    """h before and after each step of a chunk, (time + 1, batch, N, channels), and the decays, (time, batch, N, channels)."""
+    decays = (dt[:, :, None] * A).exp_()
     states = start.new_empty(len(u) + 1, *start.shape)
     states[0] = start
-    torch.mul((dt * u)[..., None], B[:, :, None], out=states[1:])
+    torch.mul(B[..., None], (dt * u)[:, :, None], out=states[1:])
     for before, after, decay in zip(states.unbind(), states.unbind()[1:], decays.unbind()):
         after.addcmul_(decay, before)
     return states, decays
