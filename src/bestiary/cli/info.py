@@ -14,7 +14,7 @@ from bestiary.cli.common import parse, write_json
 from bestiary.errors import UsageError
 from bestiary.models import LanguageModel, ModelConfig
 from bestiary.models.costs import CONTEXTS, Cost, costs, total
-from bestiary.report.format import count, size
+from bestiary.report.format import context, count, size
 
 
 @dataclass(frozen=True)
@@ -56,31 +56,27 @@ def main(argv: list[str]) -> int:
         model = LanguageModel(ModelConfig(arguments.layout, arguments.d_model, arguments.vocab_size))
     parts = costs(model, arguments.contexts)
     config = model.config
-    console.print(_table(parts, arguments.contexts, f"{config.layout}, d_model {config.d_model}"))
-    console.print(
-        "FLOPs: forward, a multiply-add being two; training takes three times as many. State: fp32, one sequence."
-    )
+    console.print(f"{config.layout}, d_model {config.d_model}, vocabulary {config.vocab_size}", highlight=False)
+    console.print(_table(parts, arguments.contexts, "flops"))
+    console.print(_table(parts, arguments.contexts, "state_bytes"))
+    console.print("A multiply-add is two FLOPs; training takes three times as many. The state is in fp32.")
     write_json(arguments.json, {"config": config.to_dict(), "parts": [asdict(part) for part in [*parts, total(parts)]]})
     return 0
 
 
-def _table(parts: list[Cost], contexts: tuple[int, ...], title: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("layers")
-    table.add_column("part")
-    table.add_column("parameters", justify="right")
-    for context in contexts:
-        table.add_column(f"FLOPs/token\nat {context}", justify="right")
-    for context in contexts:
-        table.add_column(f"state\nat {context}", justify="right")
+def _table(parts: list[Cost], contexts: tuple[int, ...], what: str) -> Table:
+    """A line for each run of equal layers; `what` is "flops" (a token, forward) or "state_bytes"."""
+    title, show = ("FLOPs a token, forward", count) if what == "flops" else ("state of one sequence", size)
+    table = Table("layers", "part", title=title, title_justify="left")
+    for column in ("parameters", *(f"at {context(length)}" for length in contexts)):
+        table.add_column(column, justify="right")
 
     def row(label: str, part: Cost) -> None:
-        flops = [count(part.flops[context]) for context in contexts]
-        table.add_row(label, part.name, count(part.parameters), *flops, *(size(part.state_bytes[c]) for c in contexts))
+        table.add_row(label, part.name, count(part.parameters), *(show(getattr(part, what)[c]) for c in contexts))
 
     row("", parts[0])
     first = 1
-    for i in range(1, len(parts) + 1):  # equal layers in a row share a line
+    for i in range(1, len(parts) + 1):
         if i == len(parts) or parts[i] != parts[first]:
             row(f"{first}" if i == first + 1 else f"{first}-{i - 1}", parts[first])
             first = i

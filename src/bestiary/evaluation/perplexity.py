@@ -59,8 +59,8 @@ def perplexity(
 
     Args:
         tokens: (time,) ids.
-        window: cut the text into windows of so many tokens, each read from a fresh state (as in training), `batch_size` at
-            a time; None to carry the state through the whole text, `segment` tokens at a time.
+        window: cut the text into windows of so many tokens, each read from a fresh state (as in training), `batch_size`
+            at a time; None to carry the state through the whole text, `segment` tokens at a time.
 
     Raises:
         UsageError: there are fewer than two tokens, or a size is not positive.

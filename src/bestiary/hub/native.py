@@ -1,7 +1,7 @@
 """Bestiary's own format: a folder with config.json, model.safetensors and the tokenizer.
 
-Loading is strict: every tensor of the model must be there, with its shape and a floating-point type, and no other. Shapes are
-compared before anything is allocated. No pickle is read or written.
+Loading is strict: every tensor of the model must be there, with its shape and a floating-point type, and no other.
+Shapes are compared before anything is allocated. No pickle is read or written.
 """
 
 import json
@@ -44,7 +44,7 @@ def write(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
 
 
 def load(folder: str | Path) -> tuple[LanguageModel, Any]:
-    """Read (model, tokenizer) from a folder that `save`, or a training run, wrote; the tokenizer is None where none was.
+    """Read (model, tokenizer) from a folder that `save`, or a training run, wrote; the tokenizer is None without one.
 
     Raises:
         BestiaryError: the folder holds no model of this format, or a damaged one; the message names the file or tensor.

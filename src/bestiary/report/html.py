@@ -1,4 +1,4 @@
-"""The page of a comparison: one file, nothing loaded from elsewhere, no script; light or dark as the reader's system is."""
+"""The page of a comparison: one file, nothing loaded from elsewhere, no script; light or dark as the reader's is."""
 
 import json
 from html import escape
@@ -167,8 +167,8 @@ def _method(results: Results) -> str:
         took = f", {format.duration(results.seconds)} in all" if results.seconds else ""
         sentences = [
             f"{study['steps']} steps of {study['batch_size']} rows of {study['sequence_length']} {study['tokenizer']}; "
-            f"seeds {', '.join(map(str, study['seeds']))}. Each learning rate was tried for {study['trial_steps']} steps, "
-            "and the run goes on from the best one's beginning.",
+            f"seeds {', '.join(map(str, study['seeds']))}. Each learning rate was tried for {study['trial_steps']} "
+            "steps, and the run goes on from the best one's beginning.",
             _corpus(corpus),
             f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['platform']}"
             + (f", {machine['gpu']}" if machine.get("gpu") else "")

@@ -8,6 +8,7 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#9
 MARKERS = "osD^vPX<>h"
 INK = "#123457"  # stands for the page's own text colour; replaced in SVG
 SIZE = (5.2, 3.7)
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "font.family": "sans-serif",
     "axes.spines.top": False,
@@ -66,8 +67,8 @@ def draw_all(results: Results, folder: Path) -> list[Path]:
 
 def svg(results: Results, plot: Plot) -> str:
     """A picture as an inline SVG whose text and axes take the colour of the text around it."""
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK)
-    ink |= {"grid.color": INK, "svg.hashsalt": plot.name}
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+    ink: dict[Any, Any] = dict.fromkeys(inked, INK) | {"svg.hashsalt": plot.name}
     with matplotlib.rc_context(STYLE | ink):
         figure = Figure(figsize=SIZE, layout="constrained")
         axes = figure.subplots()
@@ -128,8 +129,7 @@ def _loss(results: Results, axes: Axes) -> None:
             highest.append(max(late, default=1.0))
     for floor in results.floors:
         axes.axhline(floor.bpb, color=matplotlib.rcParams["text.color"], linewidth=0.8, linestyle=(0, (1, 2)))
-        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "fontsize": 8}
-        axes.annotate(floor.name, (1, floor.bpb), **place)
+        _level_label(axes, floor.name, floor.bpb)
         lowest.append(floor.bpb)
         highest.append(floor.bpb)
     low, high = min(lowest), max(highest)
@@ -146,8 +146,7 @@ def _recall(results: Results, axes: Axes) -> None:
     chance = (results.study.get("recall") or {}).get("chance")
     if chance is not None:
         axes.axhline(100 * chance, color=matplotlib.rcParams["text.color"], linewidth=0.8, linestyle=(0, (1, 2)))
-        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "fontsize": 8}
-        axes.annotate("chance", (1, 100 * chance), **place)
+        _level_label(axes, "chance", 100 * chance)
     axes.set_ylim(-3, 103)
     axes.set(title="Recall in context", xlabel="training steps of the probe", ylabel="right answers, %")
 
@@ -177,6 +176,11 @@ def _decode(results: Results, axes: Axes) -> None:
     axes.set_ylim(bottom=0)
     label = "ms a token" + (", hollow: computed" if computed else "")
     axes.set(title="Time to write a token", xlabel="tokens of context", ylabel=label)
+
+
+def _level_label(axes: Axes, text: str, y: float) -> None:
+    """Names a horizontal line at its right end."""
+    axes.annotate(text, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
 
 
 def _by_context(results: Results, axes: Axes) -> None:

@@ -32,7 +32,8 @@ def half_width(values: Sequence[float]) -> float | None:
 def difference(a: Sequence[float], b: Sequence[float], *, comparisons: int = 1) -> tuple[float, float] | None:
     """(mean of a - mean of b, half its interval), by Welch; None with fewer than LEAST_SEEDS of either.
 
-    Whoever makes many comparisons finds a large gap by chance, so the interval is widened for their number (Bonferroni).
+    Whoever makes many comparisons finds a large gap by chance, so the interval is widened for their number
+    (Bonferroni).
     """
     if min(len(a), len(b)) < LEAST_SEEDS:
         return None

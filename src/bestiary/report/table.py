@@ -1,4 +1,4 @@
-"""The results of a comparison as tables: what stands in the rows is decided here once, for the terminal and the page."""
+"""The results of a comparison as tables, whose rows are decided here once for the terminal and the page."""
 
 import statistics
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ LEGEND = "* few repeats   ~ computed from the shorter contexts"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts; the first `left` columns are words, the others numbers; `sections` are where a line is drawn."""
+    """A table of texts: `left` columns of words, then numbers; a line is drawn above the rows of `sections`."""
 
     title: str
     columns: tuple[str, ...]
@@ -43,7 +43,7 @@ def quality(results: Results) -> Table:
     columns = ["model", "parameters", "answer bits/byte" if task else "bits/byte"]
     columns += ["exact match"] if task else []
     columns += ["recall", "training"]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for arch, model in results.models.items():
         speed = results.train_speeds.get(arch)
         row = [arch, format.count(model.parameters), score(results, arch)]
@@ -80,7 +80,8 @@ def costs(results: Results) -> Table:
         "writing, tok/s": lambda cost: format.count(cost.decode.median) + MARKS[cost.how],
         "state": lambda cost: format.size(cost.state_bytes),
     }
-    rows, sections = [], []
+    rows: list[tuple[str, ...]] = []
+    sections: list[int] = []
     for quantity, show in quantities.items():
         sections.append(len(rows))
         for arch in results.archs:
@@ -111,7 +112,7 @@ def rates(results: Results) -> Table:
 
 def models(results: Results) -> Table:
     """What was built."""
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (model.arch, model.family, model.layout, str(model.d_model), f"{model.parameters:,}")
         for model in results.models.values()
     ]

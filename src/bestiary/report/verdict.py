@@ -1,7 +1,8 @@
 """What a comparison has shown, in plain words: every sentence follows from the numbers by a rule that stands here.
 
 Two models differ only where the interval of their difference over seeds excludes zero; with fewer than three seeds the
-spread is unmeasured, and the verdict says "no difference shown". The same gap is never called a result and noise at once.
+spread is unmeasured, and the verdict says "no difference shown". The same gap is never called a result and noise at
+once.
 """
 
 import statistics
@@ -52,9 +53,9 @@ def ranked(results: Results) -> list[str]:
 def _quality(results: Results) -> str:
     order = ranked(results)
     failed = [arch for arch in results.archs if results.runs.get(arch) and not results.bpb(arch)]
-    sentences = [f"{_names(failed)} diverged and has no score."] if failed else []
+    sentences = [f"{_join(failed)} diverged: no score."] if failed else []
     if len(order) < 2:
-        return " ".join([*sentences, f"Only {_names(order)} has a score: nothing to compare."] if order else sentences)
+        return " ".join(sentences + [f"Only {_join(order)} has a score: nothing to compare."] * len(order))
     what = "bits per byte of the held-out answers" if results.task else "bits per byte of the held-out text"
     first, last = order[0], order[-1]
     means = {arch: statistics.mean(results.bpb(arch)) for arch in order}
@@ -65,8 +66,8 @@ def _quality(results: Results) -> str:
         return " ".join(
             [
                 *sentences,
-                f"No difference shown: with {runs} of each, how far a score moves with the seed is not known. {measured}; "
-                "take the order as a hint, and --minutes 30 for three seeds with intervals.",
+                f"No difference shown: with {runs} of each, how far a score moves with the seed is not known. "
+                f"{measured}; take the order as a hint, and --minutes 30 for three seeds with intervals.",
             ]
         )
     pairs = len(order) * (len(order) - 1) // 2
@@ -77,7 +78,7 @@ def _quality(results: Results) -> str:
     if gaps:
         sentences.append(f"{first} is better than {_join(gaps)}.")
     if level:
-        sentences.append(f"No difference shown between {first} and {_names(level)}.")
+        sentences.append(f"No difference shown between {first} and {_join(level)}.")
     sentences.append(f"Intervals hold 19 times in 20 over {seeds} seeds, all {pairs} pairs together.")
     return " ".join(sentences)
 
@@ -94,10 +95,11 @@ def _floors(results: Results) -> str:
         return f"Every model predicts the text better than {counted}."
     if not beat:
         return (
-            f"No model reached {counted}: at this budget, counting predicts this text better than any of them, and what "
-            "follows compares beginnings. Give it more minutes."
+            f"No model reached {counted}: at this budget, counting predicts this text better than any of them, and "
+            "what follows compares beginnings. Give it more minutes."
         )
-    return f"{_names(beat)} predict the text better than {counted}; {_names(under)} not yet."
+    verb = "predicts" if len(beat) == 1 else "predict"
+    return f"{_join(beat)} {verb} the text better than {counted}; {_join(under)} not yet."
 
 
 def _exact_match(results: Results) -> str:
@@ -168,7 +170,7 @@ def _memory(results: Results) -> str:
     growing = [arch for arch in known if _grows(results, arch)]
     constant = [arch for arch in known if arch not in growing]
     if growing and constant:
-        text += f" It grows with the context for {_names(growing)}, and stays constant for {_names(constant)}."
+        text += f" It grows with the context for {_join(growing)}, and stays constant for {_join(constant)}."
     return text
 
 
@@ -183,7 +185,8 @@ def _speed(results: Results) -> str:
     texts = []
     if measured:
         context = max(measured)
-        speeds = {arch: results.costs[arch, context].decode for arch in results.archs if (arch, context) in results.costs}
+        found = {arch: results.costs.get((arch, context)) for arch in results.archs}
+        speeds = {arch: cost.decode for arch, cost in found.items() if cost}
         where = f"after {format.context(context)} tokens, measured"
         texts.append(_fastest(speeds, "Decoding", where))
     texts.append(_fastest(results.train_speeds, "Training", "measured"))
@@ -198,7 +201,7 @@ def _fastest(speeds: dict, doing: str, where: str) -> str:
     first = speeds[order[0]]
     clear = [arch for arch in order[1:] if (speeds[arch].high or speeds[arch].median) < (first.low or first.median)]
     near = [arch for arch in order[1:] if arch not in clear]
-    fastest = f"{_names([order[0], *near])} {'were' if near else 'was'} fastest ({where}: {format.rate(first.median)})"
+    fastest = f"{_join([order[0], *near])} {'were' if near else 'was'} fastest ({where}: {format.rate(first.median)})"
     if not clear:
         return f"{doing}: no difference shown ({where}: {format.rate(first.median)} and less)."
     ratio = first.median / speeds[order[-1]].median
@@ -236,9 +239,9 @@ def _needs_recall(results: Results) -> str:
     solved = [arch for arch, mean in means.items() if mean >= SOLVED]
     without = [arch for arch in solved if not results.models[arch].attends]
     if without:
-        return f"For looking things up in context: {_names(without)} did it without attention."
+        return f"For looking things up in context: {_join(without)} did it without attention."
     if solved:
-        return f"For looking things up in context, within these steps: only {_names(solved)} did it, with attention."
+        return f"For looking things up in context, within these steps: only {_join(solved)} did it, with attention."
     return "For looking things up in context: no model learned it within these steps." if means else ""
 
 
@@ -246,20 +249,15 @@ def _saves(results: Results) -> str:
     context = results.contexts[-1] if results.contexts else 0
     sizes = {arch: results.state_bytes(arch, context) for arch in results.archs}
     full = [size for arch, size in sizes.items() if size and results.models[arch].attends]
-    small = [size for arch, size in sizes.items() if size and not results.models[arch].attends and not _grows(results, arch)]
+    free = [arch for arch in sizes if not results.models[arch].attends and not _grows(results, arch)]
+    small = [size for arch in free if (size := sizes[arch])]
     if not full or not small:
         return ""
     low, high = min(full) / max(small), max(full) / min(small)
-    return (
-        f"What it costs: at {format.context(context)} tokens, {format.times(low)} to {format.times(high)} the memory of a "
-        "constant state."
-        if low > 1
-        else ""
-    )
-
-
-def _names(archs: list[str]) -> str:
-    return _join(archs)
+    if low <= 1:
+        return ""
+    ratios = " to ".join(dict.fromkeys([format.times(low), format.times(high)]))
+    return f"What it costs: at {format.context(context)} tokens, {ratios} the memory of a constant state."
 
 
 def _join(parts: list[str], separator: str = ",") -> str:

@@ -44,6 +44,8 @@ KNOWN = {
         Architecture("mamba_attention", "(mamba*3 attention)*2", "hybrid: 3 mamba, 1 attention"),
     )
 }
+RECALL_WINDOW = 16
+"""The longest window of attention in a recall probe, whose queries come up to 62 tokens after their pair."""
 DEFAULT = ("attention", "mamba", "gla", "based", "hyena", "rwkv4", "striped")
 
 
@@ -78,6 +80,7 @@ def recall_layout(layout: str) -> str:
     """The recall probe's layout: a short convolution, then each different layer of the layout once, none with an MLP.
 
     So it is done in Zoology: all mixers get the convolution that compares neighbours, and differ in what they remember.
+    Windows of attention shrink to RECALL_WINDOW: one as long as the probe's sequences would be full attention.
     """
     parts = dict.fromkeys(_bare(layer.mixer, layer.options) for layer in parse(layout) if layer.mixer != "based_conv")
     return " ".join(["based_conv{channel=none}", *parts])
@@ -85,5 +88,7 @@ def recall_layout(layout: str) -> str:
 
 def _bare(mixer: str, options: dict[str, object]) -> str:
     kept = {key: value for key, value in options.items() if key != "expand"}  # `expand` only fitted the size
+    if window := kept.get("window"):
+        kept["window"] = min(int(str(window)), RECALL_WINDOW)
     text = ", ".join(f"{key}={str(value).lower()}" for key, value in kept.items())
     return f"{mixer}{{{text + ', ' if text else ''}channel=none}}"

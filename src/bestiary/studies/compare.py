@@ -1,10 +1,10 @@
-"""`compare`: several architectures, equal parameters, the same tokens in the same order; what each is good for, and costs.
+"""`compare`: architectures of equal size on the same tokens in the same order; what each is good for, and costs.
 
     fit widths -> time a few steps -> plan the tokens that the minutes allow -> learning-rate trials -> training
     -> recall probes -> floors -> speeds, interleaved -> samples -> results.jsonl -> report
 
-Every finished piece is a line in results.jsonl and every run a folder with a checkpoint, so that the same command goes on
-where a kill, or Ctrl-C, stopped it.
+Every finished piece is a line in results.jsonl and every run a folder with a checkpoint, so that the same command goes
+on where a kill, or Ctrl-C, stopped it.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from bestiary.errors import UsageError
 from bestiary.models import LanguageModel, ModelConfig
 from bestiary.models.costs import CONTEXTS, costs, total
 from bestiary.studies import floors, inputs, jobs, speed
-from bestiary.studies.architectures import DEFAULT, find_all, recall_layout
+from bestiary.studies.architectures import DEFAULT, RECALL_WINDOW, find_all, recall_layout
 from bestiary.studies.fitting import count, fit
 from bestiary.studies.mqar import Recall
 from bestiary.studies.pool import Pool
@@ -274,12 +274,14 @@ class _Study:
                 "chance": recall.chance,
                 "blind": 1 / (recall.vocab_size // 2),
                 "description": (
-                    f"Multi-query associative recall: {recall.pairs} random key-value pairs, then every key again, in "
-                    f"{recall.length} tokens; the model must give each key's value. Not the text models above but small "
-                    "ones made for it (width 64: a short convolution, then each different layer of the layout once, "
-                    f"no MLP), trained from scratch on {plan.recall_steps} batches of {jobs.RECALL_BATCH} sequences and "
-                    f"probed on {jobs.RECALL_PROBES} new ones. Chance is a guess among the {recall.pairs} values in the "
-                    "context. A low score says 'not within these steps', never 'cannot'."
+                    f"Recall is multi-query associative recall: {recall.pairs} random key-value pairs, then every key "
+                    f"again, in {recall.length} tokens; the model must give each key's value. Not the text models "
+                    "themselves but small ones made for it (width 64: a short convolution, then each different layer "
+                    f"of the layout once, no MLP, attention windows cut to {RECALL_WINDOW} tokens, since longer ones "
+                    f"would be full attention here), trained from scratch on {plan.recall_steps} batches of "
+                    f"{jobs.RECALL_BATCH} sequences and probed on {jobs.RECALL_PROBES} new ones. Chance is a guess "
+                    f"among the {recall.pairs} values in the context; a model that has not learned even that scores "
+                    "below it. A low score says 'not within these steps', never 'cannot'."
                 ),
             },
         )

@@ -10,9 +10,9 @@ UNSEEN = 1 / 256  # before anything is known, all bytes are equally likely
 def ngram_bits_per_byte(train: bytes, text: bytes, *, order: int = 6) -> float:
     """Bits per byte of `text` under byte n-grams of `train`, interpolated as Witten and Bell (1991) do.
 
-    p_n(c | context) = (count(context c) + kinds(context) p_{n-1}(c | shorter context)) / (count(context) + kinds(context))
+    p_n(c | h) = (count(h c) + kinds(h) p_{n-1}(c | shorter h)) / (count(h) + kinds(h))
 
-    where kinds(context) is the number of different bytes that followed the context. An n-gram (n up to 8) is a 64-bit
+    where h is a context and kinds(h) the number of different bytes that followed it. An n-gram (n up to 8) is a 64-bit
     number here, so that counting is sorting.
 
     Args:

@@ -78,7 +78,7 @@ class TaskData:
             "note": None,
             "licence": "the user's own",
             "source": self.path,
-            "held_out": f"{len(self.held_out)} of {len(self.train) + len(self.held_out)} examples, by a hash of the prompt",
+            "held_out": f"{len(self.held_out)} examples, by a hash of the prompt; {len(self.train)} to train on",
             "train_bytes": sum(len((e.prompt + e.answer).encode()) for e in self.train),
             "validation_bytes": sum(len((e.prompt + e.answer).encode()) for e in self.held_out),
         }

@@ -322,7 +322,7 @@ class Schedule:
                     shutil.rmtree(track.folder(other, 0), ignore_errors=True)
 
     def _best(self, track: Track) -> float:
-        """The rate with the lowest loss at the end of its trial; of recall probes, with the highest accuracy if any learnt."""
+        """The rate whose trial ended with the lowest loss; of recall probes, the highest accuracy if any learnt."""
         if len(track.rates) == 1:
             return track.rates[0]
         trials = [self._trial(track, lr)[0] for lr in track.rates]

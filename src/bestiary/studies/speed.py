@@ -1,4 +1,4 @@
-"""How fast models are here: each measurement goes round all of them in turn, several times, so that noise hits all alike.
+"""How fast models are here: each measurement goes round all of them in turn, so that noise hits all alike.
 
 Prefill and decoding are measured at short contexts and computed at long ones, where reading a context would take longer
 than the study may: the time of a step is fitted as a + b * context (no cost of these models grows faster per token),
@@ -120,7 +120,7 @@ def costs(
 
 
 def extrapolate(seconds: dict[int, float], context: int, constant: bool) -> float:
-    """Seconds a token at a longer context: the last measurement where nothing grows, else the line through the last two."""
+    """Seconds a token at a longer context: the last measured where nothing grows, else a line through the last two."""
     *before, last = sorted(seconds)
     if constant or not before:
         return seconds[last]

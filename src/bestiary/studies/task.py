@@ -64,7 +64,7 @@ def read_task(path: str | Path, *, held_out: float = 0.1) -> tuple[list[Example]
 
 
 class TaskBatches:
-    """Batches of examples, a pure function of (seed, step): prompt, answer, end; only the answer and the end are targets.
+    """Batches of examples, a function of (seed, step): prompt, answer, end; only answer and end are targets.
 
     Rows are padded at their end, where a causal model cannot be disturbed and no target stands.
     """

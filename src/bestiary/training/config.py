@@ -20,8 +20,8 @@ class TrainConfig:
         lr: the highest learning rate.
         final_lr: the last learning rate, as a share of `lr`.
         warmup_steps: of linear rise; by default a twentieth of the steps, at most 500.
-        schedule: "cosine"; "wsd" (warm-up, stable, decay: constant until the last part, so that a run may be prolonged from
-            there); or "constant".
+        schedule: "cosine"; "wsd" (warm-up, stable, decay: constant until the last part, so that a run may be prolonged
+            from there); or "constant".
         cooldown: the share of the steps in which "wsd" falls, linearly.
         weight_decay: of matrices; norms, biases, embeddings and the parameters of recurrences do not decay.
         beta1, beta2, eps: of AdamW.

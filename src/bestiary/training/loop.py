@@ -1,4 +1,4 @@
-"""The training loop: every step is a function of the weights, the optimiser and (seed, step), so that runs resume exactly.
+"""The training loop: a step is a function of weights, optimiser and (seed, step), so that runs resume exactly.
 
 for step: batch -> loss, in parts -> gradient, clipped -> AdamW with lr_at(step) -> log, evaluation, checkpoint
 """
@@ -81,8 +81,8 @@ def train(
         on_step: called after every step; a true answer stops, with a checkpoint.
         evaluate: called every `config.eval_every` steps and at the end; its numbers are logged.
 
-    Within torch.distributed, every rank takes its share of the rows of each batch, gradients are summed, and rank 0 writes.
-    Ctrl-C saves a checkpoint before it leaves.
+    Within torch.distributed, every rank takes its share of the rows of each batch, gradients are summed, and rank 0
+    writes. Ctrl-C saves a checkpoint before it leaves.
 
     Raises:
         Diverged: the loss or gradient is not finite; the state before that step is saved in the folder.
@@ -247,8 +247,8 @@ class _Run:
             )
             where = f"; norms are in {self.folder / 'diverged.json'}, the state before it in checkpoints/diverged"
         return Diverged(
-            f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}{where}. A lower learning rate, or stronger "
-            "clipping, usually helps"
+            f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}{where}. A lower learning rate, or "
+            "stronger clipping, usually helps"
         )
 
 

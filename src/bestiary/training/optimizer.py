@@ -1,8 +1,8 @@
 """AdamW with the groups that these models want.
 
-Matrices decay. Vectors (norms, biases, skips), embeddings (rare tokens would fade between their occurrences) and whatever
-a mixer marks with `_no_weight_decay` (A, dt, D, ...) do not. `_lr_scale` multiplies a parameter's learning rate (RWKV's
-time_decay), `_max_lr` caps it (S4's A, B and dt).
+Matrices decay. Vectors (norms, biases, skips), embeddings (rare tokens would fade between their occurrences) and
+whatever a mixer marks with `_no_weight_decay` (A, dt, D, ...) do not. `_lr_scale` multiplies a parameter's learning
+rate (RWKV's time_decay), `_max_lr` caps it (S4's A, B and dt).
 """
 
 import torch

@@ -1,0 +1,97 @@
+"""`bestiary doctor`: what is installed, what runs where, and why."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import bestiary
+from bestiary import ops
+from bestiary.cli.common import parse, write_json
+from bestiary.data.corpora import PUBLISHED
+from bestiary.data.files import cache_folder
+from bestiary.studies.speed import machine
+
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "matplotlib", "jaxtyping")
+EXTRAS = {"tensorboard": "training logs for it"}
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Show what is installed, what this machine has, which form of each op runs and why, and what is missing.
+
+    Examples:
+      bestiary doctor
+      bestiary doctor --json doctor.json
+    """
+
+    json: Path | None = None
+    """Write the findings here too."""
+
+
+def main(argv: list[str]) -> int:
+    arguments = parse(Doctor, argv, "doctor")
+    found = examine()
+    console = Console()
+    for title in ("versions", "machine", "extras", "corpora"):
+        console.print(_table(title, found[title]))
+    table = Table("op", "form", "why", title="ops", title_justify="left")
+    for op, choice in found["ops"].items():
+        table.add_row(op, choice["form"], choice["why"])
+    console.print(table)
+    console.print(found["verdict"], highlight=False)
+    write_json(arguments.json, found)
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """All findings, as one value."""
+    on_cpu = not torch.cuda.is_available()
+    versions = {"bestiary": bestiary.__version__, "python": platform.python_version()}
+    versions |= {name: _version(name) or "missing" for name in PACKAGES}
+    here = machine() | {"C++ compiler": _compiler() or "none found: not needed, every op has a form in plain PyTorch"}
+    here |= {"instructions": torch.backends.cpu.get_cpu_capability()}
+    return {
+        "versions": versions,
+        "machine": {key: value for key, value in here.items() if value is not None},
+        "extras": {name: _version(name) or f"not installed ({what})" for name, what in EXTRAS.items()},
+        "corpora": {"cache": str(cache_folder())}
+        | {name: "fetched" if corpus.archive.cached() else "not fetched yet" for name, corpus in PUBLISHED.items()},
+        "ops": ops.active(),
+        "verdict": f"All ops run as plain PyTorch on the {'CPU' if on_cpu else 'device of their inputs'}; "
+        "a sequence of one step runs the recurrence itself.",
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _compiler() -> str | None:
+    """The first line of the C++ compiler's --version, or None."""
+    path = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++") or shutil.which("clang++")
+    if path is None:
+        return None
+    try:
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.partition("\n")[0] or path
+
+
+def _table(title: str, facts: dict[str, Any]) -> Table:
+    table = Table("what", "here", title=title, title_justify="left", show_header=False)
+    for name, fact in facts.items():
+        table.add_row(name.replace("_", " "), str(fact))
+    return table
