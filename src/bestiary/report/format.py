@@ -1,7 +1,6 @@
 """Numbers as people read them: three digits at most, a unit, and a word where there is no number."""
 
 import math
-from collections.abc import Callable
 
 MISSING = "-"
 
@@ -20,13 +19,6 @@ def rate(tokens_per_second: float | None) -> str:
     """A speed: 12400 is "12.4 k tok/s"."""
     text = count(tokens_per_second)
     return text if text == MISSING else f"{text} tok/s"
-
-
-def spread(median: float, low: float | None, high: float | None, show: Callable[[float | None], str] = count) -> str:
-    """A median with the smallest and largest measurement: "1.2 k (1.1 k to 1.4 k)"; alone if not repeated."""
-    if low is None or high is None or show(low) == show(high):
-        return show(median)
-    return f"{show(median)} ({show(low)} to {show(high)})"
 
 
 def bits(value: float | None) -> str:
@@ -55,14 +47,6 @@ def duration(seconds: float | None) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def milliseconds(seconds: float | None) -> str:
-    """A short time in milliseconds, three digits."""
-    if not known(seconds):
-        return MISSING
-    assert seconds is not None
-    return f"{_digits(1000 * seconds)} ms"
 
 
 def context(tokens: int) -> str:

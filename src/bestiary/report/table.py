@@ -89,7 +89,18 @@ def costs(results: Results) -> Table:
             if any(found):
                 rows.append((quantity, arch, *(show(cost) if cost else format.MISSING for cost in found)))
     columns = ("what", "model", *(f"at {format.context(context)}" for context in contexts))
-    return Table("What they cost, by context length", columns, rows, 2, tuple(sections), LEGEND)
+    return Table("What they cost, by context length", columns, rows, 2, tuple(sections), _note(results))
+
+
+def _note(results: Results) -> str:
+    """What the marks mean, and how far repeats of a measurement lay apart."""
+    speeds = [*results.train_speeds.values()]
+    speeds += [speed for cost in results.costs.values() for speed in (cost.prefill, cost.decode)]
+    ranges = [(s.high - s.low) / s.median for s in speeds if s.low is not None and s.high is not None and s.repeats > 1]
+    if not ranges:
+        return LEGEND
+    typical, widest = format.percent(statistics.median(ranges)), format.percent(max(ranges))
+    return f"{LEGEND}   repeats of a measurement: {typical} from lowest to highest, {widest} at worst"
 
 
 def rates(results: Results) -> Table:
