@@ -58,6 +58,7 @@ run: setup corpora
 
 lint: setup-dev
 	$(BIN)/ruff check $(FILES)
+	$(BIN)/ruff format --check $(FILES)
 	$(BIN)/mypy
 
 test: lint corpora

@@ -51,8 +51,8 @@ def relative(actual: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
 def check_forms(op: Callable[..., Any], inputs: Sequence[Tensor], *, joint: bool = False) -> None:
     """The fast form is the definition, in float64 and in fp32 (against the float64 definition), gradients included.
 
-    With `joint`, fp32 gradients are measured by the largest entry of all of them: where an output is a quotient, a gradient
-    may be a small difference of large parts, which rounding hits with their size.
+    With `joint`, fp32 gradients are measured by the largest entry of all of them: where an output is a quotient, a
+    gradient may be a small difference of large parts, which rounding hits with their size.
     """
     exact = run(op, inputs, "reference", torch.float64)
     assert relative(run(op, inputs, "torch", torch.float64), exact) < TOLERANCE["float64", "op"]

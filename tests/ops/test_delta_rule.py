@@ -51,7 +51,7 @@ def test_the_recurrence_is_the_equation() -> None:
 
 
 def test_beta_one_replaces_what_the_key_recalls() -> None:
-    q, k, v, _ = case(1)
+    _, k, v, _ = case(1)
     o, _ = ops.delta_rule(k, k, v, torch.ones(B, 1, H, dtype=torch.float64), scale=1.0, state=normal(B, H, K, V))
     torch.testing.assert_close(o, v, rtol=0, atol=1e-12)
 

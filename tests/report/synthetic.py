@@ -48,7 +48,14 @@ def records(
         {"kind": "study", "title": "compare", "started": "2026-11-24T02:00:00+00:00", "config": config}
         | {"machine": {"cpu": "Some CPU <i>", "cores": 2, "memory_gb": 23.4, "threads": 2, "workers": 2}}
         | {"versions": {"bestiary": "0.1.0", "torch": "2.13.0", "python": "3.11.7"}}
-        | {"corpus": {"name": "shakespeare", "note": None, "licence": "public domain", "source": "https://example.org/t"}}
+        | {
+            "corpus": {
+                "name": "shakespeare",
+                "note": None,
+                "licence": "public domain",
+                "source": "https://example.org/t",
+            }
+        }
         | {"tokens": 819_200, "steps": 200, "trial_steps": 24, "sequence_length": 256, "batch_size": 16}
         | {"seeds": list(range(seeds)), "tokenizer": "bytes", "vocab_size": 256}
         | {

@@ -72,7 +72,8 @@ class _Bar(study.Progress):
         self.task = self.progress.add_task("starting", total=None)
 
     def __enter__(self) -> "_Bar":
-        self.progress.start()
+        if self.progress.console.is_terminal:
+            self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:

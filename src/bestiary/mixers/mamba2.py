@@ -1,6 +1,6 @@
 """Mamba-2, state-space duality (Dao & Gu 2024, arXiv:2405.21060): Mamba with one decay a head, so a linear attention.
 
-z, x, B, C, dt = W_in u                               x: heads of P channels; B, C: N channels, shared by a group of heads
+z, x, B, C, dt = W_in u                               x: heads of P channels; B, C: N channels, one for a group of heads
 x, B, C = silu(conv([x, B, C]))                       causal, depthwise, 4 taps
 dt = softplus(dt + b),  A = -exp(A_log)               one number a head
 h_t = exp(dt_t A) h_{t-1} + B_t (dt_t x_t)^T          ops.linear_attention with q = C, k = B, v = dt x

@@ -33,7 +33,7 @@ class S4State(NamedTuple):
 
 @register("s4")
 class S4(Mixer):
-    """One linear, time-invariant system a channel that begins as an optimal memory, then a gated mixing of the channels.
+    """One linear, time-invariant system a channel that begins as an optimal memory, then a gated mixing of channels.
 
     Args:
         d_model: width of input and output.

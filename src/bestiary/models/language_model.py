@@ -66,7 +66,6 @@ class Block(nn.Module):
             x = x + y
         return x, LayerState(mixed, remembered)
 
-
     def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         """One step of every row through the layer: (batch, d_model)."""
         y, mixed = self.mixer.step(self.norm(x), state.mixer)

@@ -101,8 +101,8 @@ def empty_cache(
     )
 
 
-# Both forms: q (B, T, H, K); keys (B, S, G, K); values (B, S, G, V); slot (B, S), place (B, T): absolute positions of the
-# keys and of the queries; before: how many slots precede the first query's own, where that is the same in all rows.
+# Both forms: q (B, T, H, K); keys (B, S, G, K); values (B, S, G, V); slot (B, S), place (B, T): absolute positions of
+# the keys and of the queries; before: how many slots precede the first query's own, where all rows have the same.
 
 
 @dispatch.form("attention", "reference")

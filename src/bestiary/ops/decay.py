@@ -53,9 +53,9 @@ def products(q: Tensor, k: Tensor, g: Tensor, *, inclusive: bool = True) -> Tens
 
     With inclusive=False the sums end at g_{t-1} and the diagonal is 0. c is BASE times a power of two.
 
-    A block of steps is halved again and again: between a step t of the right half and a step s of the left one, the decay
-    is exp(from the middle to t) times exp(from s to the middle), both at most 1, so that the block of products is a matrix
-    product of damped queries and keys; only blocks of BASE steps are compared pair by pair.
+    A block of steps is halved again and again: between a step t of the right half and a step s of the left one, the
+    decay is exp(from the middle to t) times exp(from s to the middle), both at most 1, so that the block of products is
+    a matrix product of damped queries and keys; only blocks of BASE steps are compared pair by pair.
     """
     size = q.shape[-2]
     if size == BASE:

@@ -3,9 +3,9 @@
     delta_rule   S_t = (I - beta_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + beta_t k_t v_t^T     o_t = S_t^T q_t
     dplr         S_t = (diag(exp(w_t)) + b_t a_t^T) S_{t-1} + k_t v_t^T                     o_t = S_t^T r_t
 
-The first is DeltaNet (no gate, arXiv:2406.06484), Gated DeltaNet (a gate per head, arXiv:2412.06464) and KDA (a gate per
-key channel, arXiv:2510.26692); with unit keys, beta in (0, 1) erases partly, beta = 1 replaces, beta up to 2 may negate.
-The second, diagonal plus rank one, is RWKV-7 (arXiv:2503.14456).
+The first is DeltaNet (no gate, arXiv:2406.06484), Gated DeltaNet (a gate per head, arXiv:2412.06464) and KDA (a gate
+per key channel, arXiv:2510.26692); with unit keys, beta in (0, 1) erases partly, beta = 1 replaces, beta up to 2 may
+negate. The second, diagonal plus rank one, is RWKV-7 (arXiv:2503.14456).
 
 In a chunk that begins with S_0, what steps write depends on what earlier steps of the chunk wrote, through a unit lower
 triangular system (the WY form): one triangular solve a chunk, all else matrix products.
@@ -153,7 +153,7 @@ def dplr_recurrent(
 def dplr_chunked(
     r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What step t recalls, z_t = S_{t-1}^T a_t, solves (I - L) Z = decayed A S_0 + what earlier values of the chunk add."""
+    """What step t recalls, z_t = S_{t-1}^T a_t, solves (I - L) Z = decayed A S_0 + what earlier values add."""
     if not v.shape[1]:
         return torch.zeros_like(v), state
     outputs = []

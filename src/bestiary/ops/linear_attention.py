@@ -13,7 +13,7 @@ Members differ only in the log-decay g_t:
     Mamba-2                     g_t = dt_t A_h, a scalar per head and step     arXiv:2405.21060
     GLA                         g_t = logsigmoid(W x_t) / 16, per key channel  arXiv:2312.06635
 
-With a normaliser, the memory has one more column, that of a value which is always 1; what is read there divides the rest.
+With a normaliser, the memory has one more column, that of a value which is always 1; what is read there divides all.
 """
 
 import torch
@@ -111,7 +111,7 @@ def chunked(
 
 
 def _by_head(q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Decays g of (batch or 1, time, heads or 1). Heads that share queries and keys (r of them) share their products."""
+    """Decays g of (batch or 1, time, heads or 1). Heads that share queries and keys share their products."""
     time, heads = v.shape[1:3]
     size, groups = decay.chunk_size(time, CHUNK), q.shape[2]
     shared = heads // groups

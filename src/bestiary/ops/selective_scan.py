@@ -1,4 +1,4 @@
-"""The selective scan of Mamba (Gu & Dao 2023, arXiv:2312.00752): a diagonal state-space model with input-dependent parts.
+"""The selective scan of Mamba (Gu & Dao 2023, arXiv:2312.00752): a diagonal SSM with input-dependent parts.
 
     h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t            per channel, h_t in R^N; A < 0
     y_t = C_t . h_t + D u_t
@@ -86,7 +86,7 @@ def chunked(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tenso
 
 
 class _Scan(torch.autograd.Function):
-    """Inside, time comes first and channels last: each step is contiguous, and all arithmetic runs along the channels."""
+    """Inside, time comes first and channels last: each step is contiguous, arithmetic runs along the channels."""
 
     @staticmethod
     def forward(
@@ -131,7 +131,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _states(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, start: Tensor) -> tuple[Tensor, Tensor]:
-    """h before and after each step of a chunk, (time + 1, batch, N, channels), and the decays, (time, batch, N, channels)."""
+    """h before and after each step of a chunk, (time + 1, batch, N, channels), and the decays, one less."""
     decays = (dt[:, :, None] * A).exp_()
     states = start.new_empty(len(u) + 1, *start.shape)
     states[0] = start

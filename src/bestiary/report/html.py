@@ -108,7 +108,7 @@ def _table(content: table.Table) -> str:
         return "".join(f"<{tag}{kind}>{escape(cell)}</{tag}>" for kind, cell in zip(kinds, row))
 
     rows = [
-        f'<tr{" class=section" if i and i in content.sections else ""}>{cells(row, "td")}</tr>'
+        f"<tr{' class=section' if i and i in content.sections else ''}>{cells(row, 'td')}</tr>"
         for i, row in enumerate(content.rows)
     ]
     note = f'<p class="soft">{escape(content.note)}</p>' if content.note else ""
@@ -138,8 +138,7 @@ def _how(results: Results) -> str:
 
 def _figures(results: Results) -> str:
     figures = [
-        f"<figure>\n{plots.svg(results, plot)}\n"
-        f"<figcaption>{escape(plot.text)}</figcaption>\n</figure>"
+        f"<figure>\n{plots.svg(results, plot)}\n<figcaption>{escape(plot.text)}</figcaption>\n</figure>"
         for plot in plots.available(results)
     ]
     return f'<div class="plots">\n{chr(10).join(figures)}\n</div>' if figures else ""
