@@ -6,6 +6,10 @@ _hook = install_import_hook("bestiary", "typecheck.checker")  # before anything 
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+settings.register_profile("bestiary", deadline=None)  # this machine may be busy: time says nothing here
+settings.load_profile("bestiary")
 
 torch.set_num_threads(1)
 

@@ -68,12 +68,18 @@ class _Bar(study.Progress):
 
     def __init__(self, console: Console):
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        self.progress = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=console, transient=True)
+        self.progress = Progress(
+            *columns,
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
         self.task = self.progress.add_task("starting", total=None)
 
     def __enter__(self) -> "_Bar":
-        if self.progress.console.is_terminal:
-            self.progress.start()
+        self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:

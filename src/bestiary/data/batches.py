@@ -6,7 +6,7 @@ is the window
 
     permutation_{k // n}(k % n),        n = (tokens - time) // time
 
-where the permutation of [0, n) is a four-round Feistel network on the next even number of bits, walked until it falls
+where the permutation of [0, n) is an eight-round Feistel network on the next even number of bits, walked until it falls
 into [0, n): a few integer operations for each sample, nothing to store, the same on every machine and version. So an
 epoch sees each token at most once, and all but those before its offset and a rest of less than a window at the end.
 """
@@ -130,7 +130,7 @@ def permuted(place: np.ndarray, n: int, seed: int, epoch: np.ndarray) -> np.ndar
     todo = np.ones(len(value), bool)
     while todo.any():  # at most 4 n values: 4 walks on average
         left, right = value[todo] >> half, value[todo] & low
-        for turn in range(1, 5):
+        for turn in range(1, 9):  # fewer favour some orders of few windows
             left, right = right, left ^ (_hash(seed, epoch[todo], turn, right) & low)
         value[todo] = left << half | right
         todo = value >= n

@@ -190,9 +190,10 @@ def _read_index(folder: Path) -> Index:
     if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
         raise BestiaryError(f"{path} is of another version; delete {folder} and build it again")
     try:
+        fields["files"] = [(name, size) for name, size in fields["files"]]
         index = Index(**fields)
         consistent = index.dtype in DTYPES and index.document_ends[-1] == index.tokens
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, KeyError, IndexError) as error:
         raise BestiaryError(f"{path} is damaged: {error}; delete {folder} and build it again") from error
     if not consistent:
         raise BestiaryError(f"{path} is damaged: its counts disagree; delete {folder} and build it again")

@@ -77,7 +77,7 @@ class ByteTokenizer:
         return np.frombuffer(_utf8(text), np.uint8).astype(np.int64)
 
     def decode(self, ids: Ids) -> str:
-        return b"".join(map(self.bytes_of, ids)).decode(errors="replace")
+        return b"".join(self.bytes_of(int(id)) for id in ids).decode(errors="replace")
 
     def bytes_of(self, token: int) -> bytes:
         """The byte of an id, none for the end of text."""

@@ -83,6 +83,7 @@ def stream(
     seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
     if len(seeds) != len(prompts):
         raise UsageError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one number, or one for each")
+    model.check_tokens(min(map(min, prompts)), max(map(max, prompts)))
     return _continue(model, prompts, how, max_new_tokens, _eos_ids(eos), seeds, state)
 
 

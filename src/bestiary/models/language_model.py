@@ -109,14 +109,8 @@ class LanguageModel(nn.Module):
         cu_seqlens: Int[Tensor, " bounds"] | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], ModelState]:
         """What the head sees: the normed output of the last block."""
-        if (
-            tokens.device.type == "cpu"
-            and tokens.numel()
-            and not 0 <= tokens.min() <= tokens.max() < self.config.vocab_size
-        ):
-            raise UsageError(
-                f"token ids must lie in 0..{self.config.vocab_size - 1}, got {tokens.min()}..{tokens.max()}"
-            )
+        if tokens.device.type == "cpu" and tokens.numel():
+            self.check_tokens(int(tokens.min()), int(tokens.max()))
         if state is not None and len(state.layers) != len(self.blocks):
             raise UsageError(f"the state has {len(state.layers)} layers, the model {len(self.blocks)}")
         x, after = self.embedding(tokens), []
@@ -136,6 +130,11 @@ class LanguageModel(nn.Module):
         """Logits of the next token at every position, and the state to continue with."""
         hidden, state = self.hidden(tokens, state, lengths=lengths, cu_seqlens=cu_seqlens)
         return self.head(hidden), state
+
+    def check_tokens(self, lowest: int, highest: int) -> None:
+        """One clear error for ids that the vocabulary does not have."""
+        if not 0 <= lowest <= highest < self.config.vocab_size:
+            raise UsageError(f"token ids must lie in 0..{self.config.vocab_size - 1}, got {lowest}..{highest}")
 
     def step(self, tokens: Int[Tensor, " batch"], state: ModelState) -> tuple[Float[Tensor, "batch vocab"], ModelState]:
         """One token of every row: logits of the next, and the state."""
