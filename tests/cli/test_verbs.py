@@ -1,6 +1,9 @@
 """The command line does what it says, from parsing to exit code, in the way that a person calls it."""
 
 import json
+import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -47,6 +50,7 @@ def test_every_verb_explains_itself_with_examples(verb, capsys):
         (["train", "mamba*"], "mamba*"),
         (["train", "mamba{expnd=2}"], "did you mean 'expand'"),
         (["train", "mamba", "--train.schedule", "cosin"], "did you mean 'cosine'"),
+        (["train", "mamba", "--device", "gpu"], "unknown device 'gpu'"),
         (["generate", "no/such/folder"], "no/such/folder"),
         (["eval", "no/such/folder", "text"], "no/such/folder"),
         (["info", "attention*999999999"], "layers"),
@@ -87,6 +91,41 @@ def test_a_folder_with_a_run_is_not_trained_over(model, text, capsys):
     assert main(["train", "gru", "--data", str(text), "--folder", run, "--d-model", "32"]) == 2
     assert "--resume" in capsys.readouterr().err
     assert (model / "model.safetensors").read_bytes() == before
+
+
+def test_torchrun_trains_one_model_in_several_processes(tmp_path, text):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    command += [
+        "-m",
+        "bestiary",
+        "train",
+        "gru",
+        "--data",
+        str(text),
+        "--folder",
+        str(tmp_path / "run"),
+        "--d-model",
+        "32",
+    ]
+    command += ["--batch-size", "2", "--sequence-length", "32", "--train.steps", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stderr and done.stderr.count("held-out text") == 1
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def test_a_bad_byte_is_reported_with_its_file_and_offset(tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,24 @@ def test_a_kill_between_checkpoints_repeats_the_lost_steps_exactly(tmp_path: Pat
     train(again, batches(), config, folder=tmp_path, resume=True)
     assert all(torch.equal(a, b) for a, b in zip(weights(straight), weights(again)))
     assert [line["step"] for line in read_log(tmp_path)] == list(range(1, 10))
+
+
+def test_an_interrupt_in_the_middle_of_a_step_lets_it_end_and_saves(tmp_path: Path) -> None:
+    class Interrupting:
+        def global_batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+            if step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+            return batches().global_batch(step)
+
+    config = TrainConfig(steps=9, save_every=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(model(), Interrupting(), config, folder=tmp_path)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000006"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    straight, rest = model(), model()
+    train(straight, batches(), config)
+    train(rest, batches(), config, folder=tmp_path, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(weights(straight), weights(rest)))
 
 
 def test_accumulation_and_masked_targets_change_no_gradient() -> None:

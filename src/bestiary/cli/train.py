@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,6 +19,7 @@ from bestiary.errors import UsageError
 from bestiary.evaluation import perplexity
 from bestiary.training import StepInfo, TrainConfig, train
 from bestiary.training.checkpoint import checkpoints
+from bestiary.training.distributed import Place, join
 from bestiary.training.log import read_log
 
 
@@ -30,6 +32,7 @@ class Train:
       bestiary train "(hyena*3 attention)*2" --d-model 256 --tokenizer 4096 --train.steps 5000
       bestiary train "gla*6" --data texts/ --train.precision bf16 --train.schedule wsd
       bestiary train "mamba*4" --data book.txt --folder runs/mamba --resume
+      torchrun --nproc-per-node 2 -m bestiary train "mamba*4"      several processes, one model: the same batches
     """
 
     layout: Annotated[str, tyro.conf.Positional]
@@ -48,6 +51,8 @@ class Train:
     """Rows of a batch, over all processes."""
     sequence_length: int = 256
     """Tokens of a row."""
+    device: str = "auto"
+    """Where to train: auto (CUDA where there is one, else the CPU), cpu, cuda, cuda:1, mps, xpu."""
     resume: bool = False
     """Go on from the folder's last checkpoint."""
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -58,22 +63,30 @@ class Train:
 
 def main(argv: list[str]) -> int:
     arguments = parse(Train, argv, "train")
-    console = Console(stderr=True)
-    _check_folder(arguments)
+    with join(arguments.device) as place:
+        return _train(arguments, place)
+
+
+def _train(arguments: Train, place: Place) -> int:
+    console = Console(stderr=True, quiet=not place.leads)
+    if place.leads:
+        _check_folder(arguments)
     corpus = load_corpus(arguments.data, errors=arguments.errors)
     if corpus.note:
         console.print(f"[yellow]{corpus.note}[/yellow]", highlight=False)
+    if place.leads:  # it prepares what the others then find
+        shards.build(corpus.train, _tokenizer(arguments, corpus), arguments.folder / "data")
+    place.wait()
     tokens = _tokenizer(arguments, corpus)
-    import torch
-
-    torch.manual_seed(arguments.train.seed)
-    model = LanguageModel(ModelConfig(arguments.layout, arguments.d_model, tokens.vocab_size))
     data = shards.build(corpus.train, tokens, arguments.folder / "data")
+    torch.manual_seed(arguments.train.seed)
+    model = LanguageModel(ModelConfig(arguments.layout, arguments.d_model, tokens.vocab_size)).to(place.device)
     batches = Batches(data, arguments.batch_size, arguments.sequence_length, arguments.train.seed)
     held_out = tokens.encode(corpus.validation_text)[: 1 << 16]
     console.print(
         f"{model.n_parameters():,} parameters; {len(data):,} tokens of {corpus.name} to train on, "
-        f"{len(held_out):,} held out ({corpus.held_out})",
+        f"{len(held_out):,} held out ({corpus.held_out}); on {place.device}"
+        + (f", {place.world} processes" if place.world > 1 else ""),
         highlight=False,
     )
 
@@ -105,6 +118,8 @@ def main(argv: list[str]) -> int:
             progress.stop()
             console.print(f"stopped and saved in {arguments.folder}; the same command with --resume goes on")
             return 130
+    if not place.leads:
+        return 0
     model.eval()
     hub.save(model, tokens, arguments.folder / "model")
     found = result.evaluations[-1] if result.evaluations else _last_evaluation(arguments.folder)

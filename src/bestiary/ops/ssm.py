@@ -162,17 +162,22 @@ def dplr_kernel(
     half = L.shape[-1]
     C = torch.complex(truncated[..., :half], -truncated[..., half:]) / 2
     w = torch.exp(-2j * math.pi * torch.arange(length, dtype=torch.float64, device=L.device) / length).to(L.dtype)
-    # 2/dt (1-w)/(1+w) has a pole at w = -1: everything is multiplied by (1+w), which leaves that point finite
-    top, bottom = (2 * (1 - w)) / dt[:, None], 1 + w
-    cauchy = 1 / (top[..., None] - bottom[..., None] * L[:, None])  # (channels, length, half)
-    mirror = 1 / (top[..., None] - bottom[..., None] * L[:, None].conj())
 
-    def dot(x: Tensor, y: Tensor) -> Tensor:
-        """x . (z - L)^-1 y over both halves of the conjugate pairs."""
-        return (cauchy @ (x * y)[..., None])[..., 0] + (mirror @ (x * y).conj()[..., None])[..., 0]
+    def generating(w: Tensor) -> Tensor:
+        """The generating function at some roots."""
+        # 2/dt (1-w)/(1+w) has a pole at w = -1: everything is multiplied by (1+w), which leaves that point finite
+        top, bottom = (2 * (1 - w)) / dt[:, None], 1 + w
+        cauchy = 1 / (top[..., None] - bottom[..., None] * L[:, None])  # (channels, roots, half)
+        mirror = 1 / (top[..., None] - bottom[..., None] * L[:, None].conj())
 
-    correction = dot(C, P) * bottom * dot(Q.conj(), B) / (1 + bottom * dot(Q.conj(), P))
-    return torch.fft.ifft(2 * (dot(C, B) - correction)).real
+        def dot(x: Tensor, y: Tensor) -> Tensor:
+            """x . (z - L)^-1 y over both halves of the conjugate pairs."""
+            return (cauchy @ (x * y)[..., None])[..., 0] + (mirror @ (x * y).conj()[..., None])[..., 0]
+
+        correction = dot(C, P) * bottom * dot(Q.conj(), B) / (1 + bottom * dot(Q.conj(), P))
+        return 2 * (dot(C, B) - correction)
+
+    return torch.fft.ifft(torch.cat([generating(part) for part in w.split(CHUNK)], dim=-1)).real
 
 
 # ----------------------------------------------------------------------------------------------------- recurrences

@@ -5,9 +5,11 @@ for step: batch -> loss, in parts -> gradient, clipped -> AdamW with lr_at(step)
 
 import json
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -82,7 +84,7 @@ def train(
         evaluate: called every `config.eval_every` steps and at the end; its numbers are logged.
 
     Within torch.distributed, every rank takes its share of the rows of each batch, gradients are summed, and rank 0
-    writes. Ctrl-C saves a checkpoint before it leaves.
+    writes. Ctrl-C lets the step end, saves a checkpoint and raises KeyboardInterrupt; a second one leaves at once.
 
     Raises:
         Diverged: the loss or gradient is not finite; the state before that step is saved in the folder.
@@ -104,6 +106,7 @@ class _Run:
         self.folder, self.writes = folder, folder is not None and self.rank == 0
         self.device = next(model.parameters()).device
         self.progress: dict[str, Any] = {"step": 0, "tokens": 0}
+        self.interrupts: list[int] = []
 
     def run(
         self,
@@ -116,13 +119,12 @@ class _Run:
         log = Log(self.folder, after=self.progress["step"]) if self.writes and self.folder is not None else None
         result = TrainResult(self.progress["step"], self.progress["tokens"])
         last = self.config.steps if until is None else min(until, self.config.steps)
-        saved, ready = self.progress["step"], True
+        saved = self.progress["step"]
         self.model.train()
         try:
             while self.progress["step"] < last and not result.stopped:
-                ready = False
-                info = self._step()
-                ready = True
+                with _delayed_interrupts(self.interrupts):
+                    info = self._step()
                 result.losses.append(info.loss)
                 step, config = info.step, self.config
                 if log is not None and config.log_every and (step % config.log_every == 0 or step == last):
@@ -136,8 +138,10 @@ class _Run:
                 if config.save_every and step % config.save_every == 0:
                     self._save()
                     saved = step
+                if self.interrupts:
+                    raise KeyboardInterrupt
         except KeyboardInterrupt:
-            if ready and saved != self.progress["step"]:  # in the middle of a step there is nothing whole to save
+            if len(self.interrupts) < 2 and saved != self.progress["step"]:
                 self._save()
             raise
         finally:
@@ -168,7 +172,8 @@ class _Run:
             )
         rows = slice(self.rank * share, (self.rank + 1) * share)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        # the loss, and whether to stop: all ranks must agree after which step
+        total = torch.zeros(2, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
         for part_in, part_out in zip(*(x[rows].chunk(self.config.accumulation) for x in (inputs, targets))):
             counted = int((part_out >= 0).sum())
             if not counted:
@@ -177,9 +182,12 @@ class _Run:
                 loss, _ = self.model.loss(part_in.to(self.device), part_out.to(self.device))
             loss = loss * (counted / count)  # parts weigh as much as they have targets
             loss.backward()
-            total += loss.detach()
+            total[0] += loss.detach()
+        total[1] = len(self.interrupts)
         self._sum_over_ranks(total)
-        loss_value = total.item()
+        loss_value, interrupts = total.tolist()
+        if interrupts and not self.interrupts:
+            self.interrupts.append(signal.SIGINT)
         norm = _grad_norm(self.model)
         if not math.isfinite(loss_value) or not math.isfinite(norm):
             raise self._diverged(loss_value, norm)
@@ -202,10 +210,10 @@ class _Run:
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _sum_over_ranks(self, loss: Tensor) -> None:
+    def _sum_over_ranks(self, total: Tensor) -> None:
         if self.world == 1:
             return
-        distributed.all_reduce(loss)
+        distributed.all_reduce(total)
         for parameter in self.model.parameters():
             if not parameter.requires_grad:
                 continue
@@ -250,6 +258,28 @@ class _Run:
             f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}{where}. A lower learning rate, or "
             "stronger clipping, usually helps"
         )
+
+
+@contextmanager
+def _delayed_interrupts(seen: list[int]) -> Iterator[None]:
+    """Within it, Ctrl-C (and SIGTERM, where that interrupts too) is only noted in `seen`; a second one interrupts."""
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield
+        return
+
+    def note(number: int, frame: Any) -> None:
+        seen.append(number)
+        if len(seen) > 1:
+            raise KeyboardInterrupt
+
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is signal.default_int_handler]
+    for number in numbers:
+        signal.signal(number, note)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _grad_norm(model: nn.Module) -> float:
