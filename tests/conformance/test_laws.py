@@ -36,12 +36,10 @@ def cases(draw: st.DrawFn, registry, name: str) -> Case:
 def test_law(law: Law, registry, name: str) -> None:
     if law.causal_only and not registry.get(name).causal:
         pytest.skip("a law of causal mixers")
-    worst = Verdict(name, law.name, 0.0, law.tolerance, 0)
+    worst, examples = Verdict(name, law.name, 0.0, law.tolerance, 0), law.examples or 10
 
     @seed(20231203)
-    @settings(
-        max_examples=10, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=examples, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
     @given(case=cases(registry, name))
     def holds(case: Case) -> None:
         nonlocal worst
@@ -50,7 +48,7 @@ def test_law(law: Law, registry, name: str) -> None:
         assert deviation <= law.tolerance, f"{law.claim}: off by {deviation:.1e} in {case}"
 
     holds()
-    assert worst.examples == 10
+    assert worst.examples == examples
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ recurrence over some hundred steps and a few matrix products multiply that by 10
 
 TOLERANCE: dict[tuple[str, str], float] = {
     ("float64", "law"): 1e-9,  # whole mixers, at strong gates, gradients included
-    ("float64", "derivative"): 1e-5,  # central differences: the third derivative times 1e-10, rounding over 1e-5
+    ("float64", "derivative"): 1e-5,  # central differences: rounding, 1e-15 of the loss, over steps of 1e-5
     ("float64", "op"): 1e-10,  # a form of an op against its definition
     ("float32", "op"): 5e-6,  # an fp32 form against the float64 definition
     ("float32", "gradient"): 2e-5,  # its gradients

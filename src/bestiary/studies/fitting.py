@@ -79,16 +79,18 @@ def _knob(config: ModelConfig, index: int, option: str) -> Knob | None:
     """The knob of one layer, in the finest units that the layer accepts."""
     layer = config.layers[index]
     default = _inner_width(config, layer, option)
-    for unit in (8, 16, 32, 64):
+    for unit in (8, 16, 32, 64, 128):
         if default % unit:
             continue
         units, sizes = default // unit, []
         try:
-            for n in (units, units + 1):
+            for n in (units, units + 1, units + 2):
                 sizes.append(count(replace(config, layout=spell([_set(layer, option, n * unit, config.d_model)]))))
         except UsageError:
             continue  # say, heads that do not divide the width
-        return Knob(index, option, units, unit, sizes[1] - sizes[0])
+        one, two = sizes[1] - sizes[0], sizes[2] - sizes[0]
+        if 0.4 * two < one < 0.6 * two:  # else the layer rounds to coarser units: Mamba-2 to whole heads
+            return Knob(index, option, units, unit, two / 2)
     return None
 
 
