@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 from bestiary.errors import UsageError, unknown
 
 C = TypeVar("C", bound=type)
-CONTEXT = ("layer_index", "n_layers")  # what the model tells a part about its place; not the user's to set
+CONTEXT = ("layer_index", "n_layers", "residuals")  # what the model tells a part about its place; not for the user
 
 
 class Registry(Generic[C]):
@@ -56,8 +56,18 @@ class Registry(Generic[C]):
         parameters = list(inspect.signature(self.get(name)).parameters.values())[1:]  # after d_model
         return {p.name: p.default for p in parameters if p.name not in CONTEXT}
 
-    def build(self, name: str, d_model: int, *, layer_index: int = 0, n_layers: int = 1, **options: Any) -> Any:
-        """Build a part. `layer_index` and `n_layers` reach those whose initialisation depends on depth.
+    def build(
+        self,
+        name: str,
+        d_model: int,
+        *,
+        layer_index: int = 0,
+        n_layers: int = 1,
+        residuals: int = 1,
+        **options: Any,
+    ) -> Any:
+        """Build a part. Its place in a model reaches those whose initialisation depends on depth: `layer_index` of
+        `n_layers`, and `residuals`, how many parts in all write into the residual path.
 
         Raises:
             UsageError: an unknown name or option (the message lists the valid ones), or a bad value.
@@ -67,7 +77,7 @@ class Registry(Generic[C]):
             if option not in valid:
                 raise unknown(f"option of {self.kind} {name!r}:", option, valid)
         accepted = inspect.signature(cls).parameters
-        place = {"layer_index": layer_index, "n_layers": n_layers}
+        place = {"layer_index": layer_index, "n_layers": n_layers, "residuals": residuals}
         try:
             return cls(d_model, **options, **{key: value for key, value in place.items() if key in accepted})
         except UsageError:

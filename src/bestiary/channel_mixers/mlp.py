@@ -2,6 +2,8 @@
 
 gelu_mlp    y = W_2 gelu(W_1 x + b_1) + b_2
 swiglu      y = W_3 (silu(W_1 x) * W_2 x)
+
+Drawn as GPT-2's are: normal, what writes into the residual path divided by the root of how many parts do.
 """
 
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch.nn import functional as F
 
 from bestiary.channel_mixers import register
 from bestiary.mixers.base import Pointwise
+from bestiary.mixers.parts import gpt_init
 
 
 @register("gelu_mlp")
@@ -20,16 +23,16 @@ class GeluMLP(Pointwise):
         d_hidden: inner width; 4 d_model by default.
     """
 
-    def __init__(self, d_model: int, *, d_hidden: int | None = None):
+    def __init__(self, d_model: int, *, d_hidden: int | None = None, residuals: int = 1):
         super().__init__(d_model)
-        d_hidden = 4 * d_model if d_hidden is None else d_hidden
-        self.d_hidden = d_hidden
-        self.up = nn.Linear(d_model, d_hidden)
-        self.down = nn.Linear(d_hidden, d_model)
+        self.d_hidden, self.residuals = 4 * d_model if d_hidden is None else d_hidden, residuals
+        self.up = nn.Linear(d_model, self.d_hidden)
+        self.down = nn.Linear(self.d_hidden, d_model)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.up.reset_parameters()
-        self.down.reset_parameters()
+        gpt_init(self.up, self.d_model)
+        gpt_init(self.down, self.d_model, residuals=self.residuals)
 
     def transform(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x)))
@@ -44,16 +47,17 @@ class SwiGLU(Pointwise):
         d_hidden: inner width; 8/3 d_model by default, rounded up to a multiple of 32.
     """
 
-    def __init__(self, d_model: int, *, d_hidden: int | None = None):
+    def __init__(self, d_model: int, *, d_hidden: int | None = None, residuals: int = 1):
         super().__init__(d_model)
-        d_hidden = -(-8 * d_model // 3 // 32) * 32 if d_hidden is None else d_hidden
-        self.d_hidden = d_hidden
-        self.gate_up = nn.Linear(d_model, 2 * d_hidden, bias=False)
-        self.down = nn.Linear(d_hidden, d_model, bias=False)
+        self.d_hidden = -(-8 * d_model // 3 // 32) * 32 if d_hidden is None else d_hidden
+        self.residuals = residuals
+        self.gate_up = nn.Linear(d_model, 2 * self.d_hidden, bias=False)
+        self.down = nn.Linear(self.d_hidden, d_model, bias=False)
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        self.gate_up.reset_parameters()
-        self.down.reset_parameters()
+        gpt_init(self.gate_up, self.d_model)
+        gpt_init(self.down, self.d_model, residuals=self.residuals)
 
     def transform(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)

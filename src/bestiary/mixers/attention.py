@@ -43,7 +43,7 @@ class Attention(Mixer):
         rotary: bool = True,
         rotary_base: float = 10000.0,
         qkv_bias: bool = False,
-        n_layers: int = 1,
+        residuals: int = 1,
     ):
         super().__init__(d_model)
         self.n_heads = default_heads(d_model) if n_heads is None else n_heads
@@ -57,14 +57,14 @@ class Attention(Mixer):
         self.head_dim, self.window, self.rotary, self.rotary_base = d_model // self.n_heads, window, rotary, rotary_base
         if rotary and self.head_dim % 2:
             raise UsageError(f"rotary positions need an even head dimension, not {self.head_dim}")
-        self.n_layers = n_layers
+        self.residuals = residuals
         self.qkv = nn.Linear(d_model, d_model + 2 * self.n_kv_heads * self.head_dim, bias=qkv_bias)
         self.out = nn.Linear(d_model, d_model, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         gpt_init(self.qkv, self.d_model)
-        gpt_init(self.out, self.d_model, residuals=2 * self.n_layers)
+        gpt_init(self.out, self.d_model, residuals=self.residuals)
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> ops.KVCache:
         return ops.empty_cache(

@@ -51,14 +51,14 @@ class Based(Mixer):
         n_heads: int | None = None,
         feature_dim: int = 16,
         eps: float = 1e-12,
-        n_layers: int = 1,
+        residuals: int = 1,
     ):
         super().__init__(d_model)
         self.n_heads = default_heads(d_model) if n_heads is None else n_heads
         check_heads(self.n_heads, d_model=d_model)
         if feature_dim < 1:
             raise UsageError(f"feature_dim must be at least 1, not {feature_dim}")
-        self.feature_dim, self.eps, self.n_layers = feature_dim, eps, n_layers
+        self.feature_dim, self.eps, self.residuals = feature_dim, eps, residuals
         self.value_dim = d_model // self.n_heads
         self.features = 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
         self.qk = nn.Linear(d_model, 2 * self.n_heads * feature_dim, bias=False)
@@ -69,7 +69,7 @@ class Based(Mixer):
     def reset_parameters(self) -> None:
         gpt_init(self.qk, self.d_model)
         gpt_init(self.value, self.d_model)
-        gpt_init(self.out, self.d_model, residuals=2 * self.n_layers)
+        gpt_init(self.out, self.d_model, residuals=self.residuals)
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> BasedState:
         shape = (batch_size, self.n_heads, self.features, self.value_dim + 1)
@@ -92,7 +92,7 @@ def taylor(x: Float[Tensor, "*batch f"]) -> Float[Tensor, "*batch features"]:
     """Features whose products are 1 + s + s^2 / 2, with s = x.y / sqrt(f)."""
     f = x.shape[-1]
     i, j = torch.triu_indices(f, f, device=x.device)
-    weight = torch.where(i == j, math.sqrt(0.5 / f), math.sqrt(1.0 / f)).to(x.dtype)
+    weight = torch.where(i == j, x.new_tensor(math.sqrt(0.5 / f)), x.new_tensor(math.sqrt(1.0 / f)))
     return torch.cat([torch.ones_like(x[..., :1]), x * f**-0.25, x[..., i] * x[..., j] * weight], dim=-1)
 
 
@@ -113,9 +113,9 @@ class BasedConv(Mixer):
         conv_kernel: taps of the convolution.
     """
 
-    def __init__(self, d_model: int, *, expand: float = 2.0, conv_kernel: int = 3, n_layers: int = 1):
+    def __init__(self, d_model: int, *, expand: float = 2.0, conv_kernel: int = 3, residuals: int = 1):
         super().__init__(d_model)
-        self.d_inner, self.n_layers = int(expand * d_model), n_layers
+        self.d_inner, self.residuals = int(expand * d_model), residuals
         if self.d_inner < 1:
             raise UsageError(f"expand must give at least one channel, not {expand}")
         self.up = nn.Linear(d_model, 2 * self.d_inner)
@@ -126,7 +126,7 @@ class BasedConv(Mixer):
     def reset_parameters(self) -> None:
         self.conv.reset_parameters()
         gpt_init(self.up, self.d_model)
-        gpt_init(self.out, self.d_model, residuals=2 * self.n_layers)
+        gpt_init(self.out, self.d_model, residuals=self.residuals)
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> BasedConvState:
         return BasedConvState(

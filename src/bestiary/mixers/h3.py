@@ -35,18 +35,18 @@ class H3(Mixer):
     Args:
         d_model: width of input and output.
         d_state: N, size of both systems' states.
-        head_dim: channels of a head; its systems are head_dim squared (the published models have 1).
+        head_dim: channels of a head, whose head_dim squared products share a system (the published models have 1).
     """
 
-    def __init__(self, d_model: int, *, d_state: int = 64, head_dim: int = 1, n_layers: int = 1):
+    def __init__(self, d_model: int, *, d_state: int = 64, head_dim: int = 1, residuals: int = 1):
         super().__init__(d_model)
         if head_dim < 1 or d_model % head_dim:
             raise UsageError(f"head_dim={head_dim} must divide d_model={d_model}")
-        self.head_dim, self.n_heads, self.n_layers = head_dim, d_model // head_dim, n_layers
+        self.head_dim, self.n_heads, self.residuals = head_dim, d_model // head_dim, residuals
         self.qkv = nn.Linear(d_model, 3 * d_model)
         self.shift = nn.Parameter(torch.empty(d_model, d_state))  # lag 0 last, as in every short convolution
         self.shift_D = nn.Parameter(torch.empty(d_model))
-        self.ssm = DiagonalSSM(d_model * head_dim, d_state, init="lin", rule="bilinear")
+        self.ssm = DiagonalSSM(self.n_heads, d_state, init="lin", rule="bilinear", shared=head_dim**2)
         self.out = nn.Linear(d_model, d_model)
         no_weight_decay(self.shift_D)
         self.reset_parameters()
@@ -54,7 +54,7 @@ class H3(Mixer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         gpt_init(self.qkv, self.d_model)
-        gpt_init(self.out, self.d_model, residuals=2 * self.n_layers)
+        gpt_init(self.out, self.d_model, residuals=self.residuals)
         bound = self.shift.shape[1] ** -0.5
         nn.init.uniform_(self.shift, -bound, bound)
         nn.init.normal_(self.shift_D)

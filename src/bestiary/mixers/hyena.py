@@ -105,10 +105,10 @@ class Hyena(Mixer):
         filter_bands: int = 16,
         frequency: float = 14.0,
         conv_kernel: int = 3,
-        n_layers: int = 1,
+        residuals: int = 1,
     ):
         super().__init__(d_model)
-        self.l_max, self.n_layers = l_max, n_layers
+        self.l_max, self.residuals = l_max, residuals
         order = min(64, max(16, d_model // 8)) if filter_order is None else filter_order
         self.in_proj = nn.Linear(d_model, 3 * d_model)
         self.conv = ShortConvolution(3 * d_model, conv_kernel, bias=True)
@@ -120,7 +120,7 @@ class Hyena(Mixer):
 
     def reset_parameters(self) -> None:
         gpt_init(self.in_proj, self.d_model)
-        gpt_init(self.out_proj, self.d_model, residuals=2 * self.n_layers)
+        gpt_init(self.out_proj, self.d_model, residuals=self.residuals)
         self.conv.reset_parameters()
         self.filter.reset_parameters()
         nn.init.normal_(self.beta)

@@ -51,10 +51,10 @@ class Mamba(Mixer):
         expand: float = 2.0,
         conv_kernel: int = 4,
         dt_rank: int | None = None,
-        n_layers: int = 1,
+        residuals: int = 1,
     ):
         super().__init__(d_model)
-        self.d_inner, self.d_state, self.n_layers = int(expand * d_model), d_state, n_layers
+        self.d_inner, self.d_state, self.residuals = int(expand * d_model), d_state, residuals
         self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         if min(self.d_inner, d_state, self.dt_rank) < 1:
             raise UsageError(
@@ -74,7 +74,7 @@ class Mamba(Mixer):
     def reset_parameters(self) -> None:
         for part in (self.in_proj, self.conv, self.x_proj, self.out_proj):
             part.reset_parameters()
-        self.out_proj.weight.div_(math.sqrt(self.n_layers))  # one residual write a layer
+        self.out_proj.weight.div_(math.sqrt(self.residuals))
         bound = self.dt_rank**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         dt_bias_init(self.dt_proj.bias)

@@ -54,7 +54,7 @@ class Mamba2(Mixer):
         head_dim: int | None = None,
         n_groups: int = 1,
         conv_kernel: int = 4,
-        n_layers: int = 1,
+        residuals: int = 1,
     ):
         super().__init__(d_model)
         self.d_state = min(128, d_model) if d_state is None else d_state
@@ -67,7 +67,7 @@ class Mamba2(Mixer):
                 f"d_state={self.d_state}, head_dim={head_dim} and expand={expand} must be positive, and "
                 f"n_groups={n_groups} must divide the {self.n_heads} heads"
             )
-        self.head_dim, self.n_groups, self.n_layers = head_dim, n_groups, n_layers
+        self.head_dim, self.n_groups, self.residuals = head_dim, n_groups, residuals
         self.d_inner = self.n_heads * head_dim
         self.widths = [self.d_inner, self.d_inner + 2 * n_groups * self.d_state, self.n_heads]
         self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
@@ -85,7 +85,7 @@ class Mamba2(Mixer):
     def reset_parameters(self) -> None:
         for part in (self.in_proj, self.conv, self.out_proj):
             part.reset_parameters()
-        self.out_proj.weight.div_(math.sqrt(self.n_layers))  # one residual write a layer
+        self.out_proj.weight.div_(math.sqrt(self.residuals))
         dt_bias_init(self.dt_bias)
         self.A_log.uniform_(1, 16).log_()
         nn.init.ones_(self.D)

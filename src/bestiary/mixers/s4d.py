@@ -34,13 +34,14 @@ class DiagonalSSM(nn.Module):
     """The parameters of one diagonal system a channel, and the recurrence; a part of S4D and of H3.
 
     Args:
-        channels: systems.
+        channels: number of systems.
         d_state: N, real size of each state; even.
         init: "lin", "inv" or "legs", the eigenvalues to begin with.
         rule: "zoh" or "bilinear", the discretisation.
+        shared: neighbouring channels of the input that go through each system, each with a state of its own.
     """
 
-    def __init__(self, channels: int, d_state: int, *, init: str = "lin", rule: str = "zoh"):
+    def __init__(self, channels: int, d_state: int, *, init: str = "lin", rule: str = "zoh", shared: int = 1):
         super().__init__()
         if d_state < 2 or d_state % 2:
             raise UsageError(f"d_state must be even and at least 2, not {d_state}")
@@ -49,7 +50,7 @@ class DiagonalSSM(nn.Module):
         if rule not in ("zoh", "bilinear"):
             raise unknown("discretisation", rule, ("zoh", "bilinear"))
         half = d_state // 2
-        self.init, self.rule = init, rule
+        self.init, self.rule, self.shared = init, rule, shared
         self.log_dt = nn.Parameter(torch.empty(channels))
         self.log_A_real, self.A_imag = (nn.Parameter(torch.empty(channels, half)) for _ in range(2))
         self.C = nn.Parameter(torch.empty(channels, half, 2))
@@ -62,26 +63,32 @@ class DiagonalSSM(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         half = self.C.shape[1]
-        A = {"lin": ssm.s4d_lin, "inv": ssm.s4d_inv, "legs": lambda n: ssm.legs_dplr(2 * n)[0]}[self.init](half)
+        legs, _, B, _ = ssm.legs_dplr(2 * half)
+        A = {"lin": ssm.s4d_lin(half), "inv": ssm.s4d_inv(half), "legs": legs}[self.init]
         self.log_A_real.copy_((-A.real).log().expand_as(self.log_A_real))
         self.A_imag.copy_(A.imag.expand_as(self.A_imag))
         self.log_dt.uniform_(math.log(1e-3), math.log(1e-1))
         self.C.normal_(std=math.sqrt(0.5))  # a complex normal number of variance 1
+        if self.init == "legs":  # its B is HiPPO's, not 1; only the product of B and C counts
+            self.C.copy_(torch.view_as_real(torch.view_as_complex(self.C) * B.to(torch.complex64)))
         self.D.normal_()
 
     def system(
         self, dtype: torch.dtype
     ) -> tuple[Complex[Tensor, "channels half"], Complex[Tensor, "channels half"], Complex[Tensor, "channels half"]]:
-        """(A_bar, B_bar, C), computed in `dtype`."""
+        """(A_bar, B_bar, C) of each channel, computed in `dtype`."""
         log_dt, real, imag, C = (x.to(dtype) for x in (self.log_dt, self.log_A_real, self.A_imag, self.C))
         A, dt = torch.complex(-real.exp(), imag), log_dt.exp()[:, None]
         discretise = ssm.zoh if self.rule == "zoh" else ssm.bilinear
-        return *discretise(A, torch.ones_like(A), dt), torch.view_as_complex(C)
+        system = (*discretise(A, torch.ones_like(A), dt), torch.view_as_complex(C))
+        A_bar, B_bar, readout = (x.repeat_interleave(self.shared, dim=0) for x in system)
+        return A_bar, B_bar, readout
 
     def initial_state(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str
     ) -> Float[Tensor, "batch channels half 2"]:
-        return torch.zeros(batch_size, *self.C.shape, dtype=dtype, device=device)
+        systems, half, _ = self.C.shape
+        return torch.zeros(batch_size, systems * self.shared, half, 2, dtype=dtype, device=device)
 
     def forward(
         self,
@@ -91,11 +98,11 @@ class DiagonalSSM(nn.Module):
     ) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch channels half 2"]]:
         with ops.full_precision(u):
             system = self.discrete.get(self.parameters(), lambda: self.system(state.dtype), state.dtype)
-        return ops.diagonal_ssm(u, *system, self.D, state=state, lengths=lengths)
+        return ops.diagonal_ssm(u, *system, self.D.repeat_interleave(self.shared), state=state, lengths=lengths)
 
     def flops(self) -> float:
         """Forward FLOPs a step: a complex multiply-add, and the reading."""
-        return self.C.shape[0] * (12.0 * self.C.shape[1] + 2)
+        return self.shared * self.C.shape[0] * (12.0 * self.C.shape[1] + 2)
 
 
 @register("s4d")

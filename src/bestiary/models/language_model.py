@@ -39,9 +39,8 @@ class ModelState(NamedTuple):
 class Block(nn.Module):
     """One layer: a sequence mixer and perhaps a channel mixer, each behind a norm and beside a residual path."""
 
-    def __init__(self, layer: Layer, config: ModelConfig, layer_index: int, n_layers: int):
+    def __init__(self, layer: Layer, config: ModelConfig, **place: int):
         super().__init__()
-        place = {"layer_index": layer_index, "n_layers": n_layers}
         self.norm = _norm(config)
         self.mixer = mixers.build(layer.mixer, config.d_model, **place, **layer.options)
         if not self.mixer.causal:
@@ -88,7 +87,8 @@ class LanguageModel(nn.Module):
         self.config = config
         layers = config.layers
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.blocks = nn.ModuleList(Block(layer, config, i, len(layers)) for i, layer in enumerate(layers))
+        place = {"n_layers": len(layers), "residuals": sum(1 + (layer.channel is not None) for layer in layers)}
+        self.blocks = nn.ModuleList(Block(layer, config, layer_index=i, **place) for i, layer in enumerate(layers))
         self.norm = _norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)

@@ -4,6 +4,7 @@ The model's width is a multiple of 32, which is coarse; what is left is made up 
 channel mixer's `d_hidden`, or `expand` where a block has no channel mixer (Mamba). What the user set stays as it is.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 from bestiary import channel_mixers, mixers
@@ -34,8 +35,9 @@ def fit(layout: str, parameters: int, *, vocab_size: int = 256) -> ModelConfig:
     sizes = {
         d_model: count(ModelConfig(layout, d_model, vocab_size)) for d_model in _widths(layout, parameters, vocab_size)
     }
-    closest = min(sizes, key=lambda d_model: abs(sizes[d_model] - parameters))
-    if not 0.5 <= sizes[closest] / parameters <= 2:
+    near = [d_model for d_model in sizes if 0.5 <= sizes[d_model] / parameters <= 2]
+    closest = min(near or sizes, key=lambda d_model: abs(sizes[d_model] - parameters))
+    if not near:
         raise UsageError(
             f"layout {layout!r} has {sizes[closest]:,} parameters at width {closest}, far from {parameters:,}: "
             "take more or fewer layers, or another number of parameters"
@@ -103,7 +105,10 @@ def _inner_width(config: ModelConfig, layer: Layer, option: str) -> int:
 
 def _set(layer: Layer, option: str, width: int, d_model: int) -> Layer:
     if option == "expand":
-        return replace(layer, options=layer.options | {"expand": width / d_model})
+        expand = width / d_model
+        if int(expand * d_model) < width:  # mixers cut what rounding left below a whole number
+            expand = math.nextafter(expand, math.inf)
+        return replace(layer, options=layer.options | {"expand": expand})
     return replace(layer, channel_options=layer.channel_options | {"d_hidden": width})
 
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -29,7 +30,10 @@ class Pool:
 
     def add(self, job: Any) -> None:
         """Queue a job."""
-        self.running[self.executor.submit(self.work, job)] = job
+        try:
+            self.running[self.executor.submit(self.work, job)] = job
+        except BrokenProcessPool as error:
+            raise _killed() from error
 
     def results(self, tick: Callable[[], None], seconds: float = 0.5) -> Iterator[tuple[Any, Any]]:
         """Finished jobs and what they returned, until none is left; calls `tick` while waiting."""
@@ -41,9 +45,7 @@ class Pool:
                     job = self.running.pop(future)
                     yield job, future.result()
         except BrokenProcessPool as error:
-            raise BestiaryError(
-                "a worker process was killed (out of memory?); run the same command to go on"
-            ) from error
+            raise _killed() from error
         finally:
             self.close()
 
@@ -52,6 +54,19 @@ class Pool:
         self.executor.shutdown(wait=True, cancel_futures=True)
 
 
+def _killed() -> BestiaryError:
+    return BestiaryError("a worker process was killed (out of memory?); run the same command to go on")
+
+
 def _prepare(threads: int) -> None:
     torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill saves, too
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """A worker that outlives a killed parent would wait for ever, and write into runs that are being resumed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

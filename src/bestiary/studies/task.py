@@ -36,7 +36,7 @@ def read_task(path: str | Path, *, held_out: float = 0.1) -> tuple[list[Example]
         UsageError: the file is missing, a line is wrong (with its number), or a side of the split would be empty.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # no splitlines: strings may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the task {path}: {error}") from error
     sides: tuple[list[Example], list[Example]] = ([], [])
@@ -46,13 +46,10 @@ def read_task(path: str | Path, *, held_out: float = 0.1) -> tuple[list[Example]
         try:
             entry = json.loads(line)
             example = Example(entry["prompt"], entry["answer"])
-        except (json.JSONDecodeError, KeyError, TypeError):
+            (example.prompt + example.answer).encode()  # lone surrogates are no text
+        except (ValueError, KeyError, TypeError, AttributeError):
             example = Example("", "")
-        if (
-            not isinstance(example.prompt, str)
-            or not isinstance(example.answer, str)
-            or not (example.prompt and example.answer)
-        ):
+        if not (example.prompt and example.answer):
             raise UsageError(f'{path}, line {number}: wanted {{"prompt": "...", "answer": "..."}} with text in both')
         share = int.from_bytes(hashlib.sha256(example.prompt.encode()).digest()[:8], "big") / 2**64
         sides[share < held_out].append(example)
