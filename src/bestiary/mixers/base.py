@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from bestiary import state as states
 from bestiary.errors import UsageError
+from bestiary.mixers.context import Context, unpack
 
 
 class Mixer(nn.Module):
@@ -45,6 +46,11 @@ class Mixer(nn.Module):
         """
         raise NotImplementedError
 
+    def mix_in_context(self, x: Tensor, state: Any, lengths: Tensor | None, context: Context) -> tuple[Tensor, Any]:
+        """`mix` for a part that reads or writes what the call shares (see context.py): overridden in its place."""
+        del context
+        return self.mix(x, state, lengths)
+
     def initial_state(
         self, batch_size: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Any:
@@ -72,6 +78,7 @@ class Mixer(nn.Module):
         *,
         lengths: Int[Tensor, " batch"] | None = None,
         cu_seqlens: Int[Tensor, " bounds"] | None = None,
+        context: Context | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], Any]:
         """Mix a segment; returns (y, state), the state being the one to continue with.
 
@@ -81,24 +88,31 @@ class Mixer(nn.Module):
                 there are zero.
             cu_seqlens: bounds (0, n_1, n_1 + n_2, ...) of documents packed into a batch of one. States in and out then
                 have one row a document. Excludes `lengths`.
+            context: what the parts of a model share during this call; None outside a model.
         """
         if cu_seqlens is not None:
             if lengths is not None:
                 raise UsageError("give lengths (a padded batch) or cu_seqlens (packed documents), not both")
             rows, lengths = unpack(x, cu_seqlens)
-            y, state = self.forward(rows, state, lengths=lengths)
+            inside = None if context is None else context.unpacked(cu_seqlens)
+            y, state = self.forward(rows, state, lengths=lengths, context=inside)
+            if context is not None and inside is not None:
+                context.v_first = inside.v_first
             return pack(y, lengths), state
         if state is None:
             state = self.initial_state(x.shape[0], device=x.device, dtype=x.dtype)
+        context = Context() if context is None else context
         if lengths is None:
-            return self.mix(x, state, None)
+            return self.mix_in_context(x, state, None, context)
         check_lengths(lengths, x)
-        y, state = self.mix(keep_real(x, lengths), state, lengths)
+        y, state = self.mix_in_context(keep_real(x, lengths), state, lengths, context)
         return keep_real(y, lengths), state
 
-    def step(self, x: Float[Tensor, "batch d_model"], state: Any) -> tuple[Float[Tensor, "batch d_model"], Any]:
+    def step(
+        self, x: Float[Tensor, "batch d_model"], state: Any, *, context: Context | None = None
+    ) -> tuple[Float[Tensor, "batch d_model"], Any]:
         """Mix one step of every row; returns (y, state)."""
-        y, state = self.forward(x[:, None], state)
+        y, state = self.forward(x[:, None], state, context=context)
         return y[:, 0], state
 
     def reset_parameters(self) -> None:
@@ -133,7 +147,13 @@ class Pointwise(Mixer):
         return 0.0
 
     def forward(
-        self, x: Tensor, state: Any = None, *, lengths: Tensor | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        context: Context | None = None,
     ) -> tuple[Tensor, Any]:
         if lengths is not None and cu_seqlens is not None:
             raise UsageError("give lengths (a padded batch) or cu_seqlens (packed documents), not both")
@@ -142,7 +162,7 @@ class Pointwise(Mixer):
             return keep_real(self.transform(keep_real(x, lengths)), lengths), states.Empty()
         return self.transform(x), states.Empty()
 
-    def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def step(self, x: Tensor, state: Any, *, context: Context | None = None) -> tuple[Tensor, Any]:
         return self.transform(x), state
 
 
@@ -167,17 +187,6 @@ def check_lengths(lengths: Tensor, x: Tensor) -> None:
         )
     if lengths.device.type == "cpu" and lengths.numel() and (lengths.min() < 0 or lengths.max() > x.shape[1]):
         raise UsageError(f"lengths must lie in 0..{x.shape[1]}, the padded time; got {lengths.tolist()}")
-
-
-def unpack(x: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed documents (1, total, ...) -> right-padded rows (documents, longest, ...) and their lengths."""
-    bounds = cu_seqlens.tolist()
-    if x.shape[0] != 1:
-        raise UsageError(f"packed documents come as a batch of one, not of {x.shape[0]}")
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != x.shape[1] or bounds != sorted(bounds):
-        raise UsageError(f"cu_seqlens must rise from 0 to the packed length {x.shape[1]}, not {bounds}")
-    documents = x[0].tensor_split(bounds[1:-1])
-    return nn.utils.rnn.pad_sequence(list(documents), batch_first=True), cu_seqlens.diff()
 
 
 def pack(rows: Tensor, lengths: Tensor) -> Tensor:

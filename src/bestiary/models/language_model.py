@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bestiary import channel_mixers, mixers
 from bestiary import state as states
 from bestiary.errors import UsageError
+from bestiary.mixers import Context
 from bestiary.models import generation
 from bestiary.models.config import ModelConfig
 from bestiary.models.layout import Layer
@@ -55,8 +56,8 @@ class Block(nn.Module):
         channel = states.Empty() if self.channel is None else self.channel.initial_state(batch_size, **kwargs)
         return LayerState(self.mixer.initial_state(batch_size, **kwargs), channel)
 
-    def forward(self, x: Tensor, state: LayerState | None, **rows: Tensor | None) -> tuple[Tensor, LayerState]:
-        """One segment through the layer; `rows` are `lengths` or `cu_seqlens`, as in the mixers' contract."""
+    def forward(self, x: Tensor, state: LayerState | None, **rows: Any) -> tuple[Tensor, LayerState]:
+        """One segment through the layer; `rows` are `lengths`, `cu_seqlens` and `context` of the mixers' contract."""
         y, mixed = self.mixer(self.norm(x), None if state is None else state.mixer, **rows)
         x = x + y
         remembered: Any = states.Empty()
@@ -65,12 +66,12 @@ class Block(nn.Module):
             x = x + y
         return x, LayerState(mixed, remembered)
 
-    def step(self, x: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+    def step(self, x: Tensor, state: LayerState, context: Context) -> tuple[Tensor, LayerState]:
         """One step of every row through the layer: (batch, d_model)."""
-        y, mixed = self.mixer.step(self.norm(x), state.mixer)
+        y, mixed = self.mixer.step(self.norm(x), state.mixer, context=context)
         x, remembered = x + y, state.channel
         if self.channel is not None and self.channel_norm is not None:
-            y, remembered = self.channel.step(self.channel_norm(x), state.channel)
+            y, remembered = self.channel.step(self.channel_norm(x), state.channel, context=context)
             x = x + y
         return x, LayerState(mixed, remembered)
 
@@ -107,15 +108,19 @@ class LanguageModel(nn.Module):
         *,
         lengths: Int[Tensor, " batch"] | None = None,
         cu_seqlens: Int[Tensor, " bounds"] | None = None,
+        context: Context | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], ModelState]:
-        """What the head sees: the normed output of the last block."""
+        """What the head sees: the normed output of the last block. A context is filled in; see bestiary.mixers."""
         if tokens.device.type == "cpu" and tokens.numel():
             self.check_tokens(int(tokens.min()), int(tokens.max()))
         if state is not None and len(state.layers) != len(self.blocks):
             raise UsageError(f"the state has {len(state.layers)} layers, the model {len(self.blocks)}")
         x, after = self.embedding(tokens), []
+        context = Context() if context is None else context
+        context.embeddings = x
         for i, block in enumerate(self.blocks):
-            x, layer = block(x, None if state is None else state.layers[i], lengths=lengths, cu_seqlens=cu_seqlens)
+            before = None if state is None else state.layers[i]
+            x, layer = block(x, before, lengths=lengths, cu_seqlens=cu_seqlens, context=context)
             after.append(layer)
         return self.norm(x), ModelState(tuple(after))
 
@@ -139,8 +144,9 @@ class LanguageModel(nn.Module):
     def step(self, tokens: Int[Tensor, " batch"], state: ModelState) -> tuple[Float[Tensor, "batch vocab"], ModelState]:
         """One token of every row: logits of the next, and the state."""
         x, after = self.embedding(tokens), []
+        context = Context(embeddings=x[:, None])
         for block, layer in zip(self.blocks, state.layers):
-            x, layer = block.step(x, layer)  # type: ignore[operator]
+            x, layer = block.step(x, layer, context)  # type: ignore[operator]
             after.append(layer)
         return self.head(self.norm(x)), ModelState(tuple(after))
 
@@ -156,12 +162,16 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Tensor, ""], ModelState]:
         """Mean cross-entropy in nats over the targets, and the state.
 
+        In training mode, what parts of the model ask for beside it (a router's balance) is added.
+
         Args:
             mask: (batch, time) booleans or weights of the targets; targets below 0 never count.
         """
-        hidden, state = self.hidden(tokens, state, lengths=lengths, cu_seqlens=cu_seqlens)
+        context = Context()
+        hidden, state = self.hidden(tokens, state, lengths=lengths, cu_seqlens=cu_seqlens, context=context)
         weights = None if mask is None else mask.flatten().to(torch.promote_types(hidden.dtype, torch.float32))
-        return linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), weights), state
+        loss = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), weights)
+        return sum(context.losses, loss), state
 
     def generate(self, tokens: Tensor | list[list[int]], **options: Any) -> Any:
         """Continue prompts; see bestiary.models.generation.generate for the options."""

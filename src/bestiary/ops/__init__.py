@@ -1,9 +1,10 @@
-"""The seven recurrences as pure functions; each file gives the equation, its definition, and a fast form."""
+"""The recurrences as pure functions; each file gives the equation, its definition, and a fast form."""
 
 from bestiary.ops.attention import KVCache, attention, empty_cache
 from bestiary.ops.delta_rule import delta_rule, dplr
 from bestiary.ops.dispatch import active, full_precision, use
 from bestiary.ops.linear_attention import linear_attention
+from bestiary.ops.linear_recurrence import linear_recurrence
 from bestiary.ops.long_convolution import ConvolutionState, empty_past, long_convolution, past_nbytes
 from bestiary.ops.monarch import monarch
 from bestiary.ops.rotary import positions, rotate
@@ -27,6 +28,7 @@ __all__ = [
     "empty_wkv",
     "full_precision",
     "linear_attention",
+    "linear_recurrence",
     "long_convolution",
     "monarch",
     "past_nbytes",

@@ -7,15 +7,15 @@ are kept relative to e^max, a reference that follows the largest exponent; what 
 References are whole numbers: differences between them are then exact, and nothing drifts over many steps.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from bestiary import state as states
 from bestiary.ops import dispatch
+from bestiary.ops.linear_recurrence import scan
 
 SMALLEST = -1e38
 """The reference exponent of an empty past: finite, since -inf - -inf is NaN."""
@@ -111,33 +111,3 @@ def scanned(
     end = torch.full_like(state.num[:, 0], k.shape[1], dtype=torch.int64) if lengths is None else lengths
     rows = torch.arange(len(end), device=k.device)
     return y, WKVState(num[rows, end], den[rows, end], reference[rows, end])
-
-
-def scan(
-    decay: Float[Tensor, "batch time channels"],
-    write: Float[Tensor, "batch time channels"],
-    start: Float[Tensor, "batch channels"],
-) -> Float[Tensor, "batch time_plus_1 channels"]:
-    """h_t = decay_t h_{t-1} + write_t, the start included: h_0 ... h_T."""
-    return _Scan.apply(decay, write, start)
-
-
-class _Scan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, decay: Tensor, write: Tensor, start: Tensor) -> Tensor:
-        decay, write = (x.transpose(0, 1).contiguous() for x in (decay, write))
-        h = torch.cat([start[None], write])
-        for before, after, decay_t in zip(h.unbind(), h.unbind()[1:], decay.unbind()):
-            after.addcmul_(decay_t, before)
-        ctx.save_for_backward(decay, h)
-        return h.transpose(0, 1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        decay, h = ctx.saved_tensors
-        flow = grad.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # becomes the gradient of h_t
-        for t in reversed(range(len(decay))):
-            flow[t].addcmul_(decay[t], flow[t + 1])
-        write = flow[1:]
-        return (write * h[:-1]).transpose(0, 1), write.transpose(0, 1), flow[0]

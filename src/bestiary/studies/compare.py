@@ -135,9 +135,9 @@ def compare(config: CompareConfig, progress: Progress | None = None) -> Path:
 
 class _Study:
     def __init__(self, config: CompareConfig, progress: Progress):
-        own = tuple(mixers.registry.load(spec) for spec in config.mixer)
+        own, archs = [mixers.registry.load(spec) for spec in config.mixer], config.arch or DEFAULT
         self.config, self.progress = config, progress
-        self.architectures = find_all((*(config.arch or DEFAULT), *own))
+        self.architectures = find_all((*archs, *(name for name in own if name not in archs)))
         self.folder = Path(config.folder)
         self.began = time.perf_counter()
         self._claim_folder()
@@ -148,18 +148,20 @@ class _Study:
         self.recall = Recall()
 
     def _claim_folder(self) -> None:
-        """A folder belongs to one configuration: another one must not mix its results in."""
+        """A folder belongs to one configuration, once it has measured anything: another must not mix its results in."""
         wanted = json.loads(json.dumps(dataclasses.asdict(self.config) | {"folder": None, "workers": None}))
         path = self.folder / "config.json"
         if path.exists():
-            if json.loads(path.read_text(encoding="utf-8")) != wanted:
+            if json.loads(path.read_text(encoding="utf-8")) == wanted:
+                return
+            if Records(self.folder).has(kind="timing"):
                 raise UsageError(
                     f"{self.folder} holds a comparison with other options; choose another --folder, or add --restart"
                 )
+            (self.folder / "results.jsonl").unlink(missing_ok=True)  # it was refused, say for a text that is not there
         elif self.folder.exists() and any(self.folder.iterdir()):
             raise UsageError(f"{self.folder} holds other files; choose another --folder")
-        else:
-            write_whole(path, json.dumps(wanted, indent=2))
+        write_whole(path, json.dumps(wanted, indent=2))
 
     def run(self) -> Path:
         if self.records.has(kind="finished"):
@@ -338,14 +340,17 @@ class _Study:
         self.records.add(kind="floor", name="xz", bpb=value, detail=f"what the text adds to an archive, {detail}")
 
     def _speeds(self, configs: dict[str, ModelConfig]) -> None:
-        if not self.records.has(kind="train_speed"):
+        # measured in turn or not at all: where a kill left some, all are measured again, and later records count
+        if not all(self.records.has(kind="train_speed", arch=name) for name in configs):
             self.progress.phase("training speed")
             timed = {name: jobs.TimedStep(LanguageModel(config), self.batches) for name, config in configs.items()}
             measures = {name: step.tokens_per_second for name, step in timed.items()}
             speed.interleaved(measures, 1)  # to warm up
             for name, found in speed.interleaved(measures, 3).items():
                 self.records.add(kind="train_speed", arch=name, tokens_per_second=speed.spread(found))
-        if not self.records.has(kind="cost"):
+        if not all(
+            self.records.has(kind="cost", arch=name, context=context) for name in configs for context in CONTEXTS
+        ):
             models = {name: LanguageModel(config).eval() for name, config in configs.items()}
             for record in speed.costs(
                 models,
