@@ -6,6 +6,7 @@ from bestiary.ops.dispatch import active, full_precision, use
 from bestiary.ops.linear_attention import linear_attention
 from bestiary.ops.linear_recurrence import linear_recurrence
 from bestiary.ops.long_convolution import ConvolutionState, empty_past, long_convolution, past_nbytes
+from bestiary.ops.mlstm import MLSTMState, empty_mlstm, mlstm
 from bestiary.ops.monarch import monarch
 from bestiary.ops.rotary import positions, rotate
 from bestiary.ops.selective_scan import selective_scan
@@ -16,6 +17,7 @@ from bestiary.ops.wkv import WKVState, empty_wkv, wkv
 __all__ = [
     "ConvolutionState",
     "KVCache",
+    "MLSTMState",
     "WKVState",
     "active",
     "attention",
@@ -24,12 +26,14 @@ __all__ = [
     "diagonal_ssm",
     "dplr",
     "empty_cache",
+    "empty_mlstm",
     "empty_past",
     "empty_wkv",
     "full_precision",
     "linear_attention",
     "linear_recurrence",
     "long_convolution",
+    "mlstm",
     "monarch",
     "past_nbytes",
     "positions",
