@@ -2,7 +2,7 @@
 
 q_t, k_{t,j}, v_{t,j} = silu(conv(W x))_t             j = 1 ... n_steps; q, k scaled to unit length; split over heads
 beta_{t,j} = 2 sigmoid(W_beta x_t)
-S_{t,0} = exp(g_t) S_{t-1}                            g_t = 0, or Gated DeltaNet's: -exp(A_log) softplus(W_a x_t + dt_bias)
+S_{t,0} = exp(g_t) S_{t-1}                            g_t = 0; gated: -exp(A_log) softplus(W_a x_t + dt_bias)
 S_{t,j} = (I - beta_{t,j} k_{t,j} k_{t,j}^T) S_{t,j-1} + beta_{t,j} k_{t,j} v_{t,j}^T,   S_t = S_{t,n_steps}
 y_t = W_o (RMSNorm(S_t^T q_t / sqrt(K)) * silu(W_g x_t))
 

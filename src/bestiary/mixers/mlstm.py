@@ -28,6 +28,7 @@ from bestiary.mixers.parts import (
     ShortConvolution,
     check_forget,
     check_heads,
+    forget_bias,
     no_weight_decay,
     small_init,
 )
@@ -51,7 +52,7 @@ class MLSTM(Mixer):
         expand: inner width over d_model.
         block: width of the blocks of the maps to q, k and v.
         conv_kernel: taps of the convolution.
-        forget: "sigmoid" or "exponential", the forget gate.
+        forget: "sigmoid" or "exponential", the forget gate; both begin alike.
     """
 
     channel_mixer = None
@@ -94,7 +95,7 @@ class MLSTM(Mixer):
         nn.init.zeros_(self.input_gate.weight)
         nn.init.zeros_(self.forget_gate.weight)
         nn.init.normal_(self.input_gate.bias, std=0.1)
-        self.forget_gate.bias.copy_(torch.linspace(3, 6, self.n_heads))
+        self.forget_gate.bias.copy_(forget_bias(self.forget, torch.linspace(3, 6, self.n_heads)))
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> MLSTMMixerState:
         place: dict[str, Any] = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}

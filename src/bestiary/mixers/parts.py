@@ -138,6 +138,11 @@ def check_forget(forget: str) -> str:
     return forget
 
 
+def forget_bias(forget: str, logits: Tensor) -> Tensor:
+    """The bias with which a forget gate of either kind begins as a sigmoid of these logits."""
+    return logits if forget == "sigmoid" else F.logsigmoid(logits)
+
+
 def check_rate(**rates: float) -> dict[str, float]:
     """One clear error for options that must be positive."""
     for name, value in rates.items():

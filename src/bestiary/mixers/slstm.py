@@ -1,12 +1,12 @@
 """xLSTM's sLSTM (Beck et al. 2024, arXiv:2405.04517): an LSTM with exponential gates and a normaliser.
 
-c = silu(conv(x))                                     causal, depthwise, 4 taps; feeds i and f
-i, f = W [c_t] + R h_{t-1} + b each,   z = tanh(W x_t + R h_{t-1} + b),   o = sigmoid(W x_t + R h_{t-1} + b)
-c_t = f' c_{t-1} + e^{i} z,  n_t = f' n_{t-1} + e^{i},  f' = sigmoid(f) or e^{f}
+u = silu(conv(x))                                     causal, depthwise, 4 taps; feeds i and f
+i, f = W u_t + R h_{t-1} + b each,   z = tanh(W x_t + R h_{t-1} + b),   o = sigmoid(W x_t + R h_{t-1} + b)
+c_t = f' c_{t-1} + e^{i} z,  n_t = f' n_{t-1} + e^{i}        f' = sigmoid(f), or e^{f}
 h_t = o c_t / n_t;   y_t = GroupNorm(h_t)
 
-W and R are block-diagonal, a block a head. c_t and n_t are kept in units of e^{m_t}, m_t = max(log f' + m_{t-1}, i), which
-h_t does not depend on. Gates depend on h_{t-1}: there is no parallel form.
+W and R are block-diagonal, a block a head. c_t and n_t are kept in units of e^{m_t}, m_t = max(log f' + m_{t-1}, i), on
+which h_t does not depend. Gates depend on h_{t-1}: there is no parallel form.
 """
 
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from bestiary.mixers.parts import (
     ShortConvolution,
     check_forget,
     check_heads,
+    forget_bias,
     no_weight_decay,
     small_init,
 )
@@ -51,7 +52,7 @@ class SLSTM(Mixer):
         d_model: width of input, output and state.
         n_heads: heads; must divide d_model.
         conv_kernel: taps of the convolution before the input and forget gates; 0 for none.
-        forget: "sigmoid" or "exponential", the forget gate.
+        forget: "sigmoid" or "exponential", the forget gate; both begin alike.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class SLSTM(Mixer):
         nn.init.zeros_(self.recurrent)
         nn.init.zeros_(self.bias)
         share = torch.arange(self.head_dim) / max(1, self.head_dim - 1)
-        self.bias[:, 1] = 5 - 12 * share ** (0.3 + 1.3 * self.depth)
+        self.bias[:, 1] = forget_bias(self.forget, 5 - 12 * share ** (0.3 + 1.3 * self.depth))
         self.norm.reset_parameters()
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> SLSTMState:
@@ -104,23 +105,24 @@ class SLSTM(Mixer):
     def mix(
         self, x: Float[Tensor, "batch time d_model"], state: SLSTMState, lengths: Int[Tensor, " batch"] | None
     ) -> tuple[Float[Tensor, "batch time d_model"], SLSTMState]:
-        history, h, c, n, m = state
+        history, *cell = state
         past, history = (x, history) if self.conv is None else self.conv(x, history, lengths)
         inputs = [part.unflatten(-1, (self.n_heads, 2, -1)) for part in (self.input_forget(past), self.cell_output(x))]
-        gates, outputs = torch.cat(inputs, dim=-2).to(h.dtype) + self.bias.to(h.dtype), [h[:, None][:, :0]]
+        exact, outputs = state.h.dtype, [state.h[:, None][:, :0]]
         with ops.full_precision(x):
-            weight = self.recurrent.to(h.dtype)
+            gates, weight = torch.cat(inputs, dim=-2).to(exact) + self.bias.to(exact), self.recurrent.to(exact)
             for t, gates_t in enumerate(gates.unbind(1)):
+                h, c, n, m = cell
                 fed_back = torch.einsum("bhi,hoi->bho", h, weight).unflatten(-1, (4, -1))
                 i, f, z, o = (gates_t + fed_back).unbind(-2)
                 log_forget = FORGET_GATES[self.forget](f)
                 highest = torch.maximum(log_forget + m, i).detach()
-                kept, weight_now = (log_forget - (highest - m)).exp(), (i - highest).exp()
-                after = [kept * c + weight_now * torch.tanh(z), kept * n + weight_now, highest]
-                after = [torch.sigmoid(o) * after[0] / after[1], *after]
-                outputs.append(after[0][:, None])
+                keep, write = (log_forget - (highest - m)).exp(), (i - highest).exp()
+                c, n = keep * c + write * torch.tanh(z), keep * n + write
+                new = [torch.sigmoid(o) * c / n, c, n, highest]
+                outputs.append(new[0][:, None])
                 if lengths is not None:
                     real = (t < lengths)[:, None, None]
-                    after = [torch.where(real, new, old) for new, old in zip(after, (h, c, n, m))]
-                h, c, n, m = after
-        return self.norm(torch.cat(outputs, dim=1).flatten(-2)).to(x.dtype), SLSTMState(history, h, c, n, m)
+                    new = [torch.where(real, after, before) for after, before in zip(new, cell)]
+                cell = new
+        return self.norm(torch.cat(outputs, dim=1).flatten(-2)).to(x.dtype), SLSTMState(history, *cell)

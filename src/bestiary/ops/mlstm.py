@@ -4,10 +4,10 @@
     n_t = f_t n_{t-1} + e^{i_t} k_t
     h_t = C_t^T q_t / max(|n_t . q_t|, 1)
 
-e^{i} overflows, so memory and normaliser are kept in units of e^{m_t}, m_t = max(log f_t + m_{t-1}, i_t): what counts is
-C e^m and n e^m. In these units a memory decays by exp(log f_t + m_{t-1} - m_t) and a write weighs exp(i_t - m_t), both
-at most 1. Given all m, which a scan finds, this is ops.linear_attention; n is the memory of a value that is always 1.
-Results do not depend on m, so that it is a constant to gradients.
+e^{i} overflows, so memory and normaliser are kept in units of e^{m_t}, m_t = max(log f_t + m_{t-1}, i_t): what counts
+is C e^m and n e^m. In these units a memory decays by exp(log f_t + m_{t-1} - m_t) and a write weighs exp(i_t - m_t),
+both at most 1. Given all m, which a scan finds, this is ops.linear_attention; n is the memory of a value that is always
+1. Results do not depend on m, so that it is a constant to gradients.
 """
 
 from typing import NamedTuple
@@ -116,7 +116,9 @@ def chunked(
 
 
 def running_max(
-    decay: Float[Tensor, "batch time heads"], value: Float[Tensor, "batch time heads"], start: Float[Tensor, "batch heads"]
+    decay: Float[Tensor, "batch time heads"],
+    value: Float[Tensor, "batch time heads"],
+    start: Float[Tensor, "batch heads"],
 ) -> Float[Tensor, "batch time_plus_1 heads"]:
     """m_0 = start, m_t = max(decay_t + m_{t-1}, value_t), for all t in log2(time) passes.
 
