@@ -278,7 +278,7 @@ OPTIONS = [
 )
 def test_options_keep_the_laws(name: str, options: dict) -> None:
     laws = [law for law in LAWS if law.name != "long_decode"]
-    verdicts = check(name, lambda: mixers.build(name, 32, **options), examples=5, seed=3, laws=laws)
+    verdicts = check(name, lambda: mixers.build(name, 32, **options), examples=3, seed=3, laws=laws)
     assert [(v.law, v.message) for v in verdicts if not v.holds] == []
 
 

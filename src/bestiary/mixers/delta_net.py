@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bestiary import ops
 from bestiary.mixers import register
-from bestiary.mixers.parts import DeltaMixer, DeltaState
+from bestiary.mixers.delta import DeltaMixer, DeltaState
 
 
 @register("delta_net")

@@ -19,7 +19,8 @@ from bestiary import ops
 from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import keep_real
-from bestiary.mixers.parts import DeltaMixer, DeltaState, dt_bias_init, no_weight_decay, softplus_decay
+from bestiary.mixers.delta import DeltaMixer, DeltaState, softplus_decay
+from bestiary.mixers.parts import dt_bias_init, no_weight_decay
 
 
 @register("delta_product")

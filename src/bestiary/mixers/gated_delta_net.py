@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from bestiary import ops
 from bestiary.mixers import register
 from bestiary.mixers.base import keep_real
-from bestiary.mixers.parts import DeltaMixer, DeltaState, dt_bias_init, no_weight_decay, softplus_decay
+from bestiary.mixers.delta import DeltaMixer, DeltaState, softplus_decay
+from bestiary.mixers.parts import dt_bias_init, no_weight_decay
 
 
 @register("gated_delta_net")

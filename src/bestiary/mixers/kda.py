@@ -14,15 +14,8 @@ from torch import Tensor, nn
 from bestiary import ops
 from bestiary.mixers import register
 from bestiary.mixers.base import keep_real
-from bestiary.mixers.parts import (
-    DeltaMixer,
-    DeltaState,
-    check_rate,
-    dt_bias_init,
-    gpt_init,
-    no_weight_decay,
-    softplus_decay,
-)
+from bestiary.mixers.delta import DeltaMixer, DeltaState, softplus_decay
+from bestiary.mixers.parts import check_rate, dt_bias_init, gpt_init, no_weight_decay
 
 
 @register("kda")
@@ -69,8 +62,8 @@ class KDA(DeltaMixer):
                 gpt_init(module, self.d_model)
         self.conv.reset_parameters()
         self.norm.reset_parameters()
-        self.A_log.uniform_(1, 16).log_()
         dt_bias_init(self.dt_bias)
+        self.A_log.uniform_(1, 16).log_()
 
     def mix(
         self, x: Float[Tensor, "batch time d_model"], state: DeltaState, lengths: Int[Tensor, " batch"] | None

@@ -22,13 +22,11 @@ from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
 from bestiary.mixers.parts import (
-    FORGET_GATES,
+    ForgetGate,
     HeadNorm,
     HeadwiseLinear,
     ShortConvolution,
-    check_forget,
     check_heads,
-    forget_bias,
     no_weight_decay,
     small_init,
 )
@@ -70,13 +68,15 @@ class MLSTM(Mixer):
     ):
         super().__init__(d_model)
         self.n_heads, self.d_inner, self.n_layers = n_heads, int(expand * d_model), n_layers
-        self.forget = check_forget(forget)
+        self.forget = ForgetGate(forget)
         check_heads(n_heads, inner_width=self.d_inner)
         if block < 1 or self.d_inner % block:
             raise UsageError(f"block={block} must divide the inner width {self.d_inner}")
         self.up = nn.Linear(d_model, 2 * self.d_inner, bias=False)
         self.conv = ShortConvolution(self.d_inner, conv_kernel, bias=True, activation="silu")
-        self.query, self.key, self.value = (HeadwiseLinear(self.d_inner, self.d_inner // block) for _ in range(3))
+        self.query, self.key, self.value = (
+            HeadwiseLinear(self.d_inner, self.d_inner // block, d_model=d_model) for _ in range(3)
+        )
         self.input_gate, self.forget_gate = (nn.Linear(3 * self.d_inner, n_heads) for _ in range(2))
         self.norm = HeadNorm(n_heads, self.d_inner)
         self.skip = nn.Parameter(torch.empty(self.d_inner))
@@ -86,16 +86,15 @@ class MLSTM(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for part in (self.up, self.query, self.key, self.value):
-            small_init(part.weight, self.d_model)
+        small_init(self.up.weight, self.d_model)
         nn.init.normal_(self.down.weight, std=2 / self.n_layers / math.sqrt(self.d_model))
-        self.conv.reset_parameters()
-        self.norm.reset_parameters()
+        for part in (self.query, self.key, self.value, self.conv, self.norm):
+            part.reset_parameters()
         nn.init.ones_(self.skip)
         nn.init.zeros_(self.input_gate.weight)
         nn.init.zeros_(self.forget_gate.weight)
         nn.init.normal_(self.input_gate.bias, std=0.1)
-        self.forget_gate.bias.copy_(forget_bias(self.forget, torch.linspace(3, 6, self.n_heads)))
+        self.forget_gate.bias.copy_(self.forget.bias(torch.linspace(3, 6, self.n_heads)))
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> MLSTMMixerState:
         place: dict[str, Any] = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
@@ -116,7 +115,6 @@ class MLSTM(Mixer):
         exact, together = state.memory.max.dtype, torch.cat(qkv, dim=-1)
         log_input, forget = self.input_gate(together).to(exact), self.forget_gate(together).to(exact)
         q, k, v = (part.unflatten(-1, (self.n_heads, -1)) for part in qkv)
-        log_forget = FORGET_GATES[self.forget](forget)
-        h, memory = ops.mlstm(q, k, v, log_input, log_forget, state=state.memory, lengths=lengths)
+        h, memory = ops.mlstm(q, k, v, log_input, self.forget.log(forget), state=state.memory, lengths=lengths)
         h = self.norm(h.flatten(-2)) + self.skip.to(c.dtype) * c
         return self.down(h * F.silu(z)), MLSTMMixerState(history, memory)

@@ -19,17 +19,7 @@ from bestiary import ops, state
 from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import (
-    FORGET_GATES,
-    HeadNorm,
-    HeadwiseLinear,
-    ShortConvolution,
-    check_forget,
-    check_heads,
-    forget_bias,
-    no_weight_decay,
-    small_init,
-)
+from bestiary.mixers.parts import ForgetGate, HeadNorm, HeadwiseLinear, ShortConvolution, check_heads, no_weight_decay
 from bestiary.ops.mlstm import SMALLEST
 
 
@@ -69,10 +59,12 @@ class SLSTM(Mixer):
         check_heads(n_heads, d_model=d_model)
         if conv_kernel < 0:
             raise UsageError(f"conv_kernel must be at least 0, not {conv_kernel}")
-        self.n_heads, self.head_dim, self.forget = n_heads, d_model // n_heads, check_forget(forget)
+        self.n_heads, self.head_dim, self.forget = n_heads, d_model // n_heads, ForgetGate(forget)
         self.depth = layer_index / max(1, n_layers - 1)  # 0 in the first layer, 1 in the last
         self.conv = ShortConvolution(d_model, conv_kernel, bias=True, activation="silu") if conv_kernel else None
-        self.input_forget, self.cell_output = (HeadwiseLinear(d_model, n_heads, outputs=2) for _ in range(2))
+        self.input_forget, self.cell_output = (
+            HeadwiseLinear(d_model, n_heads, d_model=d_model, outputs=2) for _ in range(2)
+        )
         self.recurrent = nn.Parameter(torch.empty(n_heads, 4 * self.head_dim, self.head_dim))
         self.bias = nn.Parameter(torch.empty(n_heads, 4, self.head_dim))
         self.norm = HeadNorm(n_heads, d_model)
@@ -81,15 +73,13 @@ class SLSTM(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        if self.conv is not None:
-            self.conv.reset_parameters()
-        for part in (self.input_forget, self.cell_output):
-            small_init(part.weight, self.d_model)
+        for part in (self.conv, self.input_forget, self.cell_output, self.norm):
+            if part is not None:
+                part.reset_parameters()
         nn.init.zeros_(self.recurrent)
         nn.init.zeros_(self.bias)
         share = torch.arange(self.head_dim) / max(1, self.head_dim - 1)
-        self.bias[:, 1] = forget_bias(self.forget, 5 - 12 * share ** (0.3 + 1.3 * self.depth))
-        self.norm.reset_parameters()
+        self.bias[:, 1] = self.forget.bias(5 - 12 * share ** (0.3 + 1.3 * self.depth))
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> SLSTMState:
         place: dict[str, Any] = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
@@ -115,7 +105,7 @@ class SLSTM(Mixer):
                 h, c, n, m = cell
                 fed_back = torch.einsum("bhi,hoi->bho", h, weight).unflatten(-1, (4, -1))
                 i, f, z, o = (gates_t + fed_back).unbind(-2)
-                log_forget = FORGET_GATES[self.forget](f)
+                log_forget = self.forget.log(f)
                 highest = torch.maximum(log_forget + m, i).detach()
                 keep, write = (log_forget - (highest - m)).exp(), (i - highest).exp()
                 c, n = keep * c + write * torch.tanh(z), keep * n + write

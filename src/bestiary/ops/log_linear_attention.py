@@ -64,18 +64,11 @@ def log_linear_attention(
 
 
 def empty_fenwick(
-    batch: int,
-    levels: int,
-    heads: int,
-    key_dim: int,
-    value_dim: int,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    *sizes: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> FenwickState:
-    """The state before the first step."""
-    memory = torch.zeros(batch, levels, heads, key_dim, value_dim, dtype=dtype, device=device)
-    return FenwickState(memory, torch.zeros(batch, dtype=torch.int64, device=device))
+    """The state before the first step; `sizes` are batch, levels, heads, key_dim and value_dim."""
+    position = torch.zeros(sizes[0], dtype=torch.int64, device=device)
+    return FenwickState(torch.zeros(sizes, dtype=dtype, device=device), position)
 
 
 @dispatch.form("log_linear_attention", "reference")

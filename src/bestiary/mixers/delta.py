@@ -1,0 +1,102 @@
+"""What mixers by the delta rule share: their q, k, v and beta, their state, and Mamba-2's decay."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bestiary import state
+from bestiary.mixers.base import Mixer, keep_real
+from bestiary.mixers.parts import RMSNorm, ShortConvolution, check_heads, default_heads, unit, xavier_init
+
+
+@state.register
+class DeltaState(NamedTuple):
+    """The last inputs of the convolutions, and an associative memory a head."""
+
+    history: Float[Tensor, "batch taps_minus_1 channels"]
+    memory: Float[Tensor, "batch heads key_dim value_dim"]
+
+
+class DeltaMixer(Mixer):
+    """q, k and v behind short convolutions, beta, norm and output, a memory a head; a mixer adds gates and `mix`.
+
+    Args:
+        n_heads: heads; None for the usual number.
+        d_key, d_value: widths of keys and values, over all heads.
+        conv_kernel: taps of the convolutions on q, k and v.
+        negative: whether beta reaches 2.
+        n_steps: keys and values, each with its beta, that a step writes.
+    """
+
+    gated = True
+    """Whether the memory decays before it is written."""
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_heads: int | None,
+        d_key: int,
+        d_value: int,
+        conv_kernel: int,
+        negative: bool,
+        n_steps: int = 1,
+    ):
+        super().__init__(d_model)
+        self.n_heads = default_heads(d_model) if n_heads is None else n_heads
+        check_heads(self.n_heads, key_width=d_key, value_width=d_value)
+        self.d_key, self.d_value, self.negative, self.n_steps = d_key, d_value, negative, n_steps
+        self.widths = [d_key, n_steps * d_key, n_steps * d_value]
+        self.qkv = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.conv = ShortConvolution(sum(self.widths), conv_kernel, activation="silu")
+        self.beta = nn.Linear(d_model, n_steps * self.n_heads, bias=False)
+        self.norm = RMSNorm(d_value // self.n_heads, eps=1e-5)
+        self.out = nn.Linear(d_value, d_model, bias=False)
+
+    def reset_parameters(self) -> None:
+        for part in self.qkv.weight.split([self.d_key] * (1 + self.n_steps) + [self.d_value] * self.n_steps):
+            nn.init.xavier_uniform_(part, gain=2**-2.5)  # each of q, k, v as a map of its own
+        for module in self.children():
+            if isinstance(module, nn.Linear) and module is not self.qkv:
+                xavier_init(module)
+        self.conv.reset_parameters()
+        self.norm.reset_parameters()
+
+    def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> DeltaState:
+        place: dict[str, Any] = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
+        shape = (batch_size, self.n_heads, self.d_key // self.n_heads, self.d_value // self.n_heads)
+        return DeltaState(self.conv.initial_state(batch_size, **place), torch.zeros(shape, **place))
+
+    def mixing_flops(self, context: int) -> float:
+        return self.conv.flops() + (self.gated + 8 * self.n_steps) * self.d_key * self.d_value // self.n_heads
+
+    def heads(
+        self, x: Float[Tensor, "batch time d_model"], state: DeltaState, lengths: Int[Tensor, " batch"] | None
+    ) -> tuple[
+        Float[Tensor, "batch time heads key_dim"],
+        Float[Tensor, "batch writes heads key_dim"],
+        Float[Tensor, "batch writes heads value_dim"],
+        Float[Tensor, "batch writes heads"],
+        Float[Tensor, "batch taps_minus_1 channels"],
+    ]:
+        """q, k, v and beta, there being n_steps writes in each step of time, and the convolution's new history.
+
+        q, k, v = silu(conv(W x)), q and k scaled to unit length; beta = sigmoid(W_beta x), twice that if negative.
+        """
+        qkv, history = self.conv(self.qkv(x), state.history, lengths)
+        q, k, v = qkv.split(self.widths, dim=-1)
+        beta = torch.sigmoid(self.beta(x)) * (2 if self.negative else 1)
+        beta = keep_real(beta, lengths)  # padding replaces nothing
+        k, v, beta = (z.unflatten(-1, (self.n_steps, self.n_heads, -1)).flatten(1, 2) for z in (k, v, beta))
+        q, k = (unit(z.to(state.memory.dtype)) for z in (q.unflatten(-1, (self.n_heads, -1)), k))
+        return q, k, v, beta[..., 0], history
+
+
+def softplus_decay(
+    logits: Float[Tensor, "batch time ..."], A_log: Float[Tensor, "..."], dt_bias: Float[Tensor, "..."]
+) -> Float[Tensor, "batch time ..."]:
+    """Mamba-2's log-decay, -exp(A_log) softplus(logits + dt_bias), in the dtype of the logits."""
+    return -A_log.to(logits.dtype).exp() * F.softplus(logits + dt_bias.to(logits.dtype))
