@@ -31,6 +31,7 @@ class Attention(Mixer):
         qkv_bias: whether q, k and v have biases.
     """
 
+    attends = True
     cached_activations = ("keys", "values")
 
     def __init__(

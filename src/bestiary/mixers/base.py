@@ -25,6 +25,8 @@ class Mixer(nn.Module):
     """The name it is registered under."""
     causal: ClassVar[bool] = True
     """Whether outputs depend on the past alone."""
+    attends: ClassVar[bool] = False
+    """Whether every step looks at all of its past again, as attention does (unless an option `window` is set)."""
     channel_mixer: ClassVar[str | None] = "swiglu"
     """The channel mixer that follows by default; None where the block holds the sequence mixer alone."""
 

@@ -16,6 +16,7 @@ from bestiary import channel_mixers, mixers
 from bestiary import state as states
 from bestiary.errors import UsageError
 from bestiary.mixers import Context
+from bestiary.mixers.parallel import Parallel
 from bestiary.models import generation
 from bestiary.models.config import ModelConfig
 from bestiary.models.layout import Layer
@@ -38,12 +39,13 @@ class ModelState(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: a sequence mixer and perhaps a channel mixer, each behind a norm and beside a residual path."""
+    """One layer: sequence mixing and perhaps a channel mixer, each behind a norm and beside a residual path."""
 
     def __init__(self, layer: Layer, config: ModelConfig, **place: int):
         super().__init__()
         self.norm = _norm(config)
-        self.mixer = mixers.build(layer.mixer, config.d_model, **place, **layer.options)
+        parts = [mixers.build(part.mixer, config.d_model, **place, **part.options) for part in layer.parts]
+        self.mixer = parts[0] if len(parts) == 1 else Parallel(parts, layer.join)
         if not self.mixer.causal:
             raise UsageError(f"mixer {layer.mixer!r} is bidirectional: a language model wants causal ones")
         self.channel_norm, self.channel = None, None
@@ -89,9 +91,16 @@ class LanguageModel(nn.Module):
         layers = config.layers
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         place = {"n_layers": len(layers), "residuals": sum(1 + (layer.channel is not None) for layer in layers)}
-        self.blocks = nn.ModuleList(Block(layer, config, layer_index=i, **place) for i, layer in enumerate(layers))
+        self.blocks = nn.ModuleList()
+        shared: dict[str, Block] = {}
+        for i, layer in enumerate(layers):
+            block = shared.get(layer.share or "") or Block(layer, config, layer_index=i, **place)
+            self.blocks.append(block)
+            if layer.share is not None:
+                shared[layer.share] = block
         self.norm = _norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.measures: dict[str, list[Tensor]] = {}  # what parts told about themselves in the last call of `loss`
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         nn.init.normal_(self.head.weight, std=config.embedding_std)
         if config.tie_embeddings:
@@ -171,6 +180,7 @@ class LanguageModel(nn.Module):
         hidden, state = self.hidden(tokens, state, lengths=lengths, cu_seqlens=cu_seqlens, context=context)
         weights = None if mask is None else mask.flatten().to(torch.promote_types(hidden.dtype, torch.float32))
         loss = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), weights)
+        self.measures = context.measures
         return sum(context.losses, loss), state
 
     def generate(self, tokens: Tensor | list[list[int]], **options: Any) -> Any:
@@ -187,7 +197,7 @@ class LanguageModel(nn.Module):
 
     def mixer_names(self) -> list[str]:
         """The sequence mixers' names, layer by layer."""
-        return [block.mixer.name for block in self.blocks]  # type: ignore[union-attr, misc]
+        return [layer.mixer for layer in self.config.layers]
 
     @torch.no_grad()
     def fingerprint(self) -> str:

@@ -128,7 +128,7 @@ class _Run:
                 result.losses.append(info.loss)
                 step, config = info.step, self.config
                 if log is not None and config.log_every and (step % config.log_every == 0 or step == last):
-                    log.add(**vars(info))
+                    log.add(**vars(info), **_scalars(self.model))
                 if evaluate is not None and (step == last or (config.eval_every and step % config.eval_every == 0)):
                     found = self._evaluate(evaluate)
                     result.evaluations.append({"step": step, "tokens": info.tokens, **found})
@@ -258,6 +258,12 @@ class _Run:
             f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}{where}. A lower learning rate, or "
             "stronger clipping, usually helps"
         )
+
+
+def _scalars(model: LanguageModel) -> dict[str, float]:
+    """The means over the layers of what parts of the model told in single numbers."""
+    found = {name: [x for x in told if x.ndim == 0] for name, told in model.measures.items()}
+    return {name: torch.stack(told).mean().item() for name, told in found.items() if told}
 
 
 @contextmanager
