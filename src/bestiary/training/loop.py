@@ -128,7 +128,7 @@ class _Run:
                 result.losses.append(info.loss)
                 step, config = info.step, self.config
                 if log is not None and config.log_every and (step % config.log_every == 0 or step == last):
-                    log.add(**vars(info), **_scalars(self.model))
+                    log.add(**(vars(info) | _scalars(self.model)))
                 if evaluate is not None and (step == last or (config.eval_every and step % config.eval_every == 0)):
                     found = self._evaluate(evaluate)
                     result.evaluations.append({"step": step, "tokens": info.tokens, **found})
