@@ -79,7 +79,9 @@ def trained(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     """What training found, without what depends on the machine's mood and on where the folder lies."""
     free = ("seconds", "model_folder")
     return {
-        (*identity(record), record["lr"]): {key: value for key, value in record.items() if key not in free}
+        (*identity(record), record["lr"], record["steps"]): {
+            key: value for key, value in record.items() if key not in free
+        }
         for record in records(folder, *TRAINED)
     }
 
@@ -132,7 +134,7 @@ def test_every_finding_is_on_record_once(study: Path) -> None:
         expected |= {("trial", of, arch, None, None, None) for of in ("text", "recall")}
         expected |= {("cost", None, arch, None, context, None) for context in CONTEXTS}
     assert {identity(record) for record in found} == expected
-    assert len(found) == len(expected) + 4  # there are two rates of each kind of trial
+    assert len(found) == len(expected) + 8  # there are two rates of each trial, and two trials of each text rate
     assert found[-1]["kind"] == "finished"
 
 
@@ -143,15 +145,20 @@ def test_models_are_of_equal_size_and_read_the_same_tokens(study: Path, config: 
         assert abs(model["parameters"] / config.parameters - 1) < 0.02
     (whole,) = records(study, "study")
     assert {run["tokens"] for run in records(study, "run")} == {whole["tokens"]} == {24 * 2 * 32}  # the next full batch
-    assert {trial["steps"] for trial in records(study, "trial") if trial["of"] == "text"} == {whole["trial_steps"]}
+    trials = [trial for trial in records(study, "trial") if trial["of"] == "text"]
+    assert sorted({trial["steps"] for trial in trials}) == whole["trial_steps"]
     assert len({probe["steps"] for probe in records(study, "recall")}) == 1
 
 
 def test_each_architecture_goes_on_with_its_best_rate(study: Path) -> None:
     for run in records(study, "run"):
         trials = [t for t in records(study, "trial") if t["of"] == "text" and t["arch"] == run["arch"]]
-        assert [trial["lr"] for trial in trials] == [1e-3, 3e-3]
-        assert run["lr"] == min(trials, key=lambda trial: trial["loss"])["lr"]
+        last = max(trial["steps"] for trial in trials)
+        assert sorted((trial["steps"] == last, trial["lr"]) for trial in trials) == [
+            (False, 1e-3), (False, 3e-3), (True, 1e-3), (True, 3e-3),
+        ]  # fmt: skip
+        final = [trial for trial in trials if trial["steps"] == last]
+        assert run["lr"] == min(final, key=lambda trial: trial["loss"])["lr"]
         assert [path.name for path in Path(run["model_folder"]).parent.parent.iterdir()] == [f"seed0-lr{run['lr']:g}"]
         assert not (Path(run["model_folder"]).parent / "checkpoints").exists()
 
@@ -171,7 +178,7 @@ def test_the_report_can_be_written(study: Path, tmp_path: Path) -> None:
     page = report.write_report(tmp_path / "copy")
     results = report.read(tmp_path / "copy")
     assert results.finished and results.archs == list(ARCHS)
-    assert results.bpb("gru*1") == [records(study, "run")[0]["bpb"]]
+    assert results.bpb("gru*1") == [run["bpb"] for run in records(study, "run") if run["arch"] == "gru*1"]
     assert all(arch in page.read_text(encoding="utf-8") for arch in ARCHS)
 
 

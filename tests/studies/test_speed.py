@@ -1,10 +1,14 @@
 """Measurements go round in turn, and what is computed instead of measured says so and follows from what was."""
 
+import math
+
 import pytest
 import torch
 
 from bestiary import LanguageModel, ModelConfig
-from bestiary.studies.speed import Reader, costs, extrapolate, interleaved, machine, spread
+from bestiary.models.costs import costs as model_costs
+from bestiary.models.costs import total
+from bestiary.studies.speed import Reader, affordable, costs, extrapolate, interleaved, machine, spread
 
 
 def test_tasks_take_turns() -> None:
@@ -42,16 +46,18 @@ def measured() -> tuple[dict[str, LanguageModel], list[dict], list[int]]:
     layouts = {"attention": "attention", "window": "attention{window=8}", "linear": "linear_attention"}
     models = {name: LanguageModel(ModelConfig(layout, 32)).eval() for name, layout in layouts.items()}
     seen: list[int] = []
-    return models, costs(models, (16, 64, 256), longest=64, rounds=3, decode_steps=2, on_progress=seen.append), seen
+    found = costs(models, (16, 64), allowance=math.inf, rounds=3, decode_steps=2)
+    found += costs(models, (64, 256), allowance=0.0, rounds=3, decode_steps=2, on_progress=seen.append)[len(models) :]
+    return models, found, seen
 
 
 def test_there_is_a_record_a_model_and_context_in_order(measured) -> None:
     models, records, seen = measured
     assert [(r["context"], r["arch"]) for r in records] == [(c, name) for c in (16, 64, 256) for name in models]
-    assert seen == [16, 64, 256]
+    assert seen == [64, 256]
 
 
-def test_what_lies_beyond_the_longest_is_computed_and_marked_so(measured) -> None:
+def test_what_takes_too_long_is_computed_and_marked_so(measured) -> None:
     _, records, _ = measured
     for record in records:
         for speed in (record["prefill_tokens_per_second"], record["decode_tokens_per_second"]):
@@ -62,15 +68,17 @@ def test_what_lies_beyond_the_longest_is_computed_and_marked_so(measured) -> Non
                 assert record["how"] == "computed" and set(speed) == {"median"}
 
 
-def test_computed_speeds_follow_from_the_measured_ones(measured) -> None:
-    models, records, _ = measured
-    by = {(r["arch"], r["context"]): r for r in records}
-    for name in models:
-        for what in ("prefill_tokens_per_second", "decode_tokens_per_second"):
-            short, long, computed = (1 / by[name, context][what]["median"] for context in (16, 64, 256))
-            grows = name == "attention"  # a window of 8 is full and a linear state never grew
-            expected = long + max(0.0, (long - short) / 48) * 192 if grows else long
-            assert computed == pytest.approx(expected, rel=1e-9)
+def test_computed_speeds_follow_from_the_measured_ones() -> None:
+    """Reading costs as many FLOPs more as the context makes it; writing stays the same unless a state still grows."""
+    torch.manual_seed(0)
+    models = {name: LanguageModel(ModelConfig(name, 32)).eval() for name in ("attention", "linear_attention")}
+    short, long = (costs(models, (64, 256), allowance=0.0, decode_steps=2)[i::2] for i in (0, 1))
+    for name, (measured, computed) in zip(models, (short, long)):
+        flops = total(model_costs(models[name], (64, 256))).flops
+        ratio = measured["prefill_tokens_per_second"]["median"] / computed["prefill_tokens_per_second"]["median"]
+        assert ratio == pytest.approx(flops[256] / flops[64], rel=1e-9)
+        assert measured["decode_tokens_per_second"]["median"] == computed["decode_tokens_per_second"]["median"]
+        assert (ratio > 1.05) == (name == "attention")
 
 
 def test_state_bytes_are_those_of_the_state_itself(measured) -> None:
@@ -89,10 +97,8 @@ def _bytes(state: object) -> int:
     return sum(map(_bytes, state)) if isinstance(state, tuple) else 0
 
 
-def test_few_repeats_of_a_long_context_are_marked_so() -> None:
-    model = LanguageModel(ModelConfig("linear_attention", 32)).eval()
-    (record,) = costs({"a": model}, (2049,), longest=2049, decode_steps=1)
-    assert record["how"] == "few steps" and record["prefill_tokens_per_second"]["repeats"] == 2
+def test_as_many_repeats_are_made_as_there_is_time_for() -> None:
+    assert [affordable(5, once, 10.0) for once in (0.1, 2.0, 2.1, 9.9, 10.1)] == [5, 5, 4, 1, 0]
 
 
 def test_decoding_again_begins_where_reading_ended() -> None:

@@ -206,7 +206,7 @@ PLOTS = (
         "state",
         "What a sequence keeps in memory after so many tokens.",
         _state,
-        lambda results: bool(results.contexts),
+        lambda results: any(results.state_bytes(arch, c) for arch in results.archs for c in results.contexts),
     ),
     Plot(
         "decode",
