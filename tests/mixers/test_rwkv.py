@@ -263,8 +263,11 @@ def goose(seven: Mixer, x: Tensor, v_first: Tensor | None) -> Tensor:
 def test_rwkv7_is_the_papers_equation(index: int) -> None:
     seven, x = mixer("rwkv7", head_size=16, layer_index=index, n_layers=2), inputs()
     v_first = inputs(9).flip(0) if index else None
-    y, _ = seven(x, context=Context(v_first=v_first))
+    context = Context(v_first=v_first)
+    y, _ = seven(x, context=context)
     assert torch.allclose(y, goose(seven, x, v_first), rtol=1e-10, atol=1e-12)
+    left = seven.value(x + (shifted(x) - x) * seven.x_v) if v_first is None else v_first
+    assert torch.allclose(context.v_first, left, rtol=1e-10, atol=1e-12)
 
 
 @torch.no_grad()
@@ -384,7 +387,7 @@ def test_every_option_obeys_the_laws(name: str, options: dict) -> None:
         ("rwkv6", {"head_size": 1}, "head_size"),
         ("rwkv6", {"mix_rank": 0}, "mix_rank"),
         ("rwkv6", {"gn_eps": 0.0}, "gn_eps"),
-        ("rwkv7", {"gate_rank": 0}, "rank"),
+        ("rwkv7", {"gate_rank": 0}, "gate_rank"),
     ],
 )
 def test_bad_options_are_named(name: str, options: dict, message: str) -> None:

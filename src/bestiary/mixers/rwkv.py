@@ -43,7 +43,6 @@ class LowRank(nn.Module):
 
     def __init__(self, d_model: int, rank: int, activation: Any = None):
         super().__init__()
-        check_rate(rank=rank)
         self.down, self.up = nn.Linear(d_model, rank, bias=False), nn.Linear(rank, d_model, bias=False)
         self.activation = activation
         no_weight_decay(*self.parameters())

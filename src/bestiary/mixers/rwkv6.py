@@ -51,7 +51,8 @@ class RWKV6(RWKVHeads):
         super().__init__(d_model, head_size, gn_eps, train_state, layer_index, n_layers)
         usual = 64 if d_model >= 4096 else min(32, max(8, d_model // 16))
         self.mix_rank = usual if mix_rank is None else mix_rank
-        check_rate(mix_rank=self.mix_rank)
+        decay_rank = 2 * usual if decay_rank is None else decay_rank
+        check_rate(mix_rank=self.mix_rank, decay_rank=decay_rank)
         self.maa_x, self.maa = (
             nn.Parameter(torch.empty(d_model)),
             nn.Parameter(torch.empty(5, d_model)),
@@ -59,7 +60,7 @@ class RWKV6(RWKVHeads):
         self.mix_down = nn.Linear(d_model, 5 * self.mix_rank, bias=False)
         self.mix_up = nn.Parameter(torch.empty(5, self.mix_rank, d_model))
         self.time_decay = nn.Parameter(torch.empty(d_model))
-        self.decay = LowRank(d_model, 2 * usual if decay_rank is None else decay_rank, torch.tanh)
+        self.decay = LowRank(d_model, decay_rank, torch.tanh)
         self.bonus = nn.Parameter(torch.empty(self.n_heads, self.head_size))
         self.gate = nn.Linear(d_model, d_model, bias=False)
         no_weight_decay(self.maa, *self.mix_down.parameters(), self.mix_up, self.bonus)

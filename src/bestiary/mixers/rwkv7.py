@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from bestiary import ops
 from bestiary.mixers import Context, register
 from bestiary.mixers.base import keep_real
-from bestiary.mixers.parts import no_weight_decay, token_shift
+from bestiary.mixers.parts import check_rate, no_weight_decay, token_shift
 from bestiary.mixers.rwkv import GN_EPS, LowRank, RWKVHeads, RWKVState, rise
 
 
@@ -59,17 +59,16 @@ class RWKV7(RWKVHeads):
         )
         self.w0, self.a0, self.k_k, self.k_a = (nn.Parameter(torch.empty(d_model)) for _ in range(4))
         self.r_k = nn.Parameter(torch.empty(self.n_heads, self.head_size))
-        self.w_low, self.a_low, self.g_low = (
-            LowRank(d_model, usual_rank(d_model, factor) if rank is None else rank, activation)
-            for rank, factor, activation in (
-                (decay_rank, 2.5, torch.tanh),
-                (rate_rank, 2.5, None),
-                (gate_rank, 5.0, torch.sigmoid),
-            )
+        decay_rank, rate_rank, value_rank, gate_rank = (
+            usual_rank(d_model, factor) if rank is None else rank
+            for rank, factor in ((decay_rank, 2.5), (rate_rank, 2.5), (value_rank, 1.7), (gate_rank, 5.0))
         )
+        check_rate(decay_rank=decay_rank, rate_rank=rate_rank, value_rank=value_rank, gate_rank=gate_rank)
+        self.w_low = LowRank(d_model, decay_rank, torch.tanh)
+        self.a_low = LowRank(d_model, rate_rank)
+        self.g_low = LowRank(d_model, gate_rank, torch.sigmoid)
         if layer_index:  # the first layer's values are its own
-            self.v0 = nn.Parameter(torch.empty(d_model))
-            self.v_low = LowRank(d_model, usual_rank(d_model, 1.7) if value_rank is None else value_rank)
+            self.v0, self.v_low = nn.Parameter(torch.empty(d_model)), LowRank(d_model, value_rank)
         no_weight_decay(self.r_k)
         self.w0._lr_scale = 2.0  # type: ignore[attr-defined]
         self.reset_parameters()
