@@ -53,7 +53,7 @@ class TwoSidedConvolution(nn.Module):
         """x is zero past each row's length."""
         dtype = wide(x.dtype, self.beta.dtype)
         with ops.full_precision(x):
-            k, r = self.ahead(x.shape[1], dtype), self.back(x.shape[1], dtype)
+            k, r = (implicit(implicit.l_max, dtype) for implicit in (self.ahead, self.back))
         return ops.bidirectional_convolution(x, k, r, self.beta)
 
 

@@ -72,12 +72,12 @@ class M2GPT(Hyena):
 
     Args:
         d_model: width of input and output.
+        residual_long_conv: whether the input also goes through an ungated convolution.
         l_max: lags of the filters; the longest context that they see.
         filter_order: width of the filters' networks; 128 at widths from 512, at least 16.
         filter_bands: sine and cosine features of the lag.
         frequency: of the networks' sine activations, to begin with.
         conv_kernel: taps of the short filter.
-        residual_long_conv: whether the input also goes through an ungated convolution.
     """
 
     channel_mixer = "monarch_mlp"
@@ -86,12 +86,12 @@ class M2GPT(Hyena):
         self,
         d_model: int,
         *,
+        residual_long_conv: bool = True,
         l_max: int = 2048,
         filter_order: int | None = None,
         filter_bands: int = 2,
         frequency: float = 10.0,
         conv_kernel: int = 3,
-        residual_long_conv: bool = True,
         residuals: int = 1,
     ):
         order = default_order(d_model, filter_order)
