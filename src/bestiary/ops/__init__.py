@@ -5,8 +5,14 @@ from bestiary.ops.delta_rule import delta_rule, dplr
 from bestiary.ops.dispatch import active, full_precision, use
 from bestiary.ops.linear_attention import linear_attention
 from bestiary.ops.linear_recurrence import linear_recurrence
-from bestiary.ops.long_convolution import ConvolutionState, empty_past, long_convolution, past_nbytes
-from bestiary.ops.monarch import monarch
+from bestiary.ops.long_convolution import (
+    ConvolutionState,
+    bidirectional_convolution,
+    empty_past,
+    long_convolution,
+    past_nbytes,
+)
+from bestiary.ops.monarch import block_diagonal, monarch
 from bestiary.ops.rotary import positions, rotate
 from bestiary.ops.selective_scan import selective_scan
 from bestiary.ops.short_convolution import short_convolution
@@ -19,6 +25,8 @@ __all__ = [
     "WKVState",
     "active",
     "attention",
+    "bidirectional_convolution",
+    "block_diagonal",
     "delta_rule",
     "dense_ssm",
     "diagonal_ssm",
