@@ -1,6 +1,6 @@
 """The recurrences as pure functions; each file gives the equation, its definition, and a fast form."""
 
-from bestiary.ops.attention import KVCache, attention, empty_cache
+from bestiary.ops.attention import KVCache, attention, empty_cache, remember
 from bestiary.ops.delta_rule import delta_rule, dplr
 from bestiary.ops.dispatch import active, full_precision, use
 from bestiary.ops.linear_attention import linear_attention
@@ -41,6 +41,7 @@ __all__ = [
     "monarch",
     "past_nbytes",
     "positions",
+    "remember",
     "rotate",
     "selective_scan",
     "short_convolution",
