@@ -2,14 +2,16 @@
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from bestiary import ops
-from bestiary.errors import UsageError
+from bestiary import ops, state
+from bestiary.errors import UsageError, unknown
+from bestiary.mixers.base import Mixer, keep_real
 from bestiary.ops.short_convolution import last_inputs
 
 T = TypeVar("T")
@@ -68,6 +70,41 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x if self.weight is None else x.to(self.weight.dtype)).to(x.dtype)
 
 
+class HeadNorm(nn.Module):
+    """Group normalisation with a group a head: each head's channels shifted and scaled to mean 0 and variance 1.
+
+    It computes in fp32 at least, and weighs each channel, without a bias.
+    """
+
+    def __init__(self, n_heads: int, channels: int, *, eps: float = 1e-5):
+        super().__init__()
+        self.n_heads, self.eps = n_heads, eps
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.n_heads, -1))
+        return (F.layer_norm(wide, wide.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(wide.dtype)).to(x.dtype)
+
+
+class HeadwiseLinear(nn.Module):
+    """A block-diagonal linear map without bias: each block of channels by itself; weight (blocks, out, in)."""
+
+    def __init__(self, channels: int, blocks: int, *, outputs: int = 1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(blocks, outputs * channels // blocks, channels // blocks))
+
+    def forward(self, x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch out_channels"]:
+        blocks = x.unflatten(-1, (self.weight.shape[0], -1))
+        return torch.einsum("...bi,boi->...bo", blocks, self.weight.to(x.dtype)).flatten(-2)
+
+    def flops(self) -> float:
+        """Forward FLOPs a step."""
+        return 2.0 * self.weight.numel()
+
+
 def token_shift(
     x: Float[Tensor, "batch time d_model"],
     before: Float[Tensor, "batch d_model"],
@@ -88,6 +125,22 @@ def check_heads(n_heads: int, **widths: int) -> None:
     for name, width in widths.items():
         if n_heads < 1 or width < 1 or width % n_heads:
             raise UsageError(f"n_heads={n_heads} must divide {name}={width}")
+
+
+FORGET_GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": F.logsigmoid, "exponential": lambda logits: logits}
+"""xLSTM's two forget gates: their logarithms."""
+
+
+def check_forget(forget: str) -> str:
+    """One clear error for a forget gate that does not exist."""
+    if forget not in FORGET_GATES:
+        raise unknown("forget gate", forget, FORGET_GATES)
+    return forget
+
+
+def forget_bias(forget: str, logits: Tensor) -> Tensor:
+    """The bias with which a forget gate of either kind begins as a sigmoid of these logits."""
+    return logits if forget == "sigmoid" else F.logsigmoid(logits)
 
 
 def check_rate(**rates: float) -> dict[str, float]:
@@ -114,6 +167,11 @@ def xavier_init(linear: nn.Linear, *, gain: float = 2**-2.5) -> None:
     nn.init.xavier_uniform_(linear.weight, gain=gain)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)
+
+
+def small_init(weight: Tensor, d_model: int) -> None:
+    """xLSTM's for what reads the stream: normal, variance 2 / (5 d_model) (Nguyen & Salazar 2019, arXiv:1910.05895)."""
+    nn.init.normal_(weight, std=math.sqrt(2 / (5 * d_model)))
 
 
 def orthogonal_init(linear: nn.Linear) -> None:
@@ -172,3 +230,93 @@ class Remembered:
 def unit(x: Float[Tensor, "*batch channels"], eps: float = 1e-6) -> Float[Tensor, "*batch channels"]:
     """Vectors of length one along the last dimension; zero stays zero."""
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + eps)
+
+
+def softplus_decay(
+    logits: Float[Tensor, "batch time ..."], A_log: Float[Tensor, "..."], dt_bias: Float[Tensor, "..."]
+) -> Float[Tensor, "batch time ..."]:
+    """Mamba-2's log-decay, -exp(A_log) softplus(logits + dt_bias), in the dtype of the logits."""
+    return -A_log.to(logits.dtype).exp() * F.softplus(logits + dt_bias.to(logits.dtype))
+
+
+@state.register
+class DeltaState(NamedTuple):
+    """The last inputs of the convolutions, and an associative memory a head."""
+
+    history: Float[Tensor, "batch taps_minus_1 channels"]
+    memory: Float[Tensor, "batch heads key_dim value_dim"]
+
+
+class DeltaMixer(Mixer):
+    """What mixers by the delta rule share: q, k and v behind short convolutions, beta, norm and output, their state.
+
+    Args:
+        n_heads: heads; None for the usual number.
+        d_key, d_value: widths of keys and values, over all heads.
+        conv_kernel: taps of the convolutions on q, k and v.
+        negative: whether beta reaches 2.
+        n_steps: keys and values, each with its beta, that a step writes.
+    """
+
+    gated = True
+    """Whether the memory decays before it is written."""
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        n_heads: int | None,
+        d_key: int,
+        d_value: int,
+        conv_kernel: int,
+        negative: bool,
+        n_steps: int = 1,
+    ):
+        super().__init__(d_model)
+        self.n_heads = default_heads(d_model) if n_heads is None else n_heads
+        check_heads(self.n_heads, key_width=d_key, value_width=d_value)
+        self.d_key, self.d_value, self.negative, self.n_steps = d_key, d_value, negative, n_steps
+        self.widths = [d_key, n_steps * d_key, n_steps * d_value]
+        self.qkv = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.conv = ShortConvolution(sum(self.widths), conv_kernel, activation="silu")
+        self.beta = nn.Linear(d_model, n_steps * self.n_heads, bias=False)
+        self.norm = RMSNorm(d_value // self.n_heads, eps=1e-5)
+        self.out = nn.Linear(d_value, d_model, bias=False)
+
+    def reset_parameters(self) -> None:
+        for part in self.qkv.weight.split([self.d_key] * (1 + self.n_steps) + [self.d_value] * self.n_steps):
+            nn.init.xavier_uniform_(part, gain=2**-2.5)  # each of q, k, v as a map of its own
+        for module in self.children():
+            if isinstance(module, nn.Linear) and module is not self.qkv:
+                xavier_init(module)
+        self.conv.reset_parameters()
+        self.norm.reset_parameters()
+
+    def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> DeltaState:
+        place: dict[str, Any] = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
+        shape = (batch_size, self.n_heads, self.d_key // self.n_heads, self.d_value // self.n_heads)
+        return DeltaState(self.conv.initial_state(batch_size, **place), torch.zeros(shape, **place))
+
+    def mixing_flops(self, context: int) -> float:
+        return self.conv.flops() + (self.gated + 8 * self.n_steps) * self.d_key * self.d_value // self.n_heads
+
+    def heads(
+        self, x: Float[Tensor, "batch time d_model"], state: DeltaState, lengths: Int[Tensor, " batch"] | None
+    ) -> tuple[
+        Float[Tensor, "batch time heads key_dim"],
+        Float[Tensor, "batch writes heads key_dim"],
+        Float[Tensor, "batch writes heads value_dim"],
+        Float[Tensor, "batch writes heads"],
+        Float[Tensor, "batch taps_minus_1 channels"],
+    ]:
+        """q, k, v and beta, there being n_steps writes in each step of time, and the convolution's new history.
+
+        q, k, v = silu(conv(W x)), q and k scaled to unit length; beta = sigmoid(W_beta x), twice that if negative.
+        """
+        qkv, history = self.conv(self.qkv(x), state.history, lengths)
+        q, k, v = qkv.split(self.widths, dim=-1)
+        beta = torch.sigmoid(self.beta(x)) * (2 if self.negative else 1)
+        beta = keep_real(beta, lengths)  # padding replaces nothing
+        k, v, beta = (z.unflatten(-1, (self.n_steps, self.n_heads, -1)).flatten(1, 2) for z in (k, v, beta))
+        q, k = (unit(z.to(state.memory.dtype)) for z in (q.unflatten(-1, (self.n_heads, -1)), k))
+        return q, k, v, beta[..., 0], history

@@ -5,6 +5,7 @@ from bestiary.ops.delta_rule import delta_rule, dplr
 from bestiary.ops.dispatch import active, full_precision, use
 from bestiary.ops.linear_attention import linear_attention
 from bestiary.ops.linear_recurrence import linear_recurrence
+from bestiary.ops.log_linear_attention import FenwickState, empty_fenwick, log_linear_attention
 from bestiary.ops.long_convolution import (
     ConvolutionState,
     bidirectional_convolution,
@@ -12,6 +13,7 @@ from bestiary.ops.long_convolution import (
     long_convolution,
     past_nbytes,
 )
+from bestiary.ops.mlstm import MLSTMState, empty_mlstm, mlstm
 from bestiary.ops.monarch import block_diagonal, monarch
 from bestiary.ops.rotary import positions, rotate
 from bestiary.ops.selective_scan import selective_scan
@@ -21,7 +23,9 @@ from bestiary.ops.wkv import WKVState, empty_wkv, wkv
 
 __all__ = [
     "ConvolutionState",
+    "FenwickState",
     "KVCache",
+    "MLSTMState",
     "WKVState",
     "active",
     "attention",
@@ -32,12 +36,16 @@ __all__ = [
     "diagonal_ssm",
     "dplr",
     "empty_cache",
+    "empty_fenwick",
+    "empty_mlstm",
     "empty_past",
     "empty_wkv",
     "full_precision",
     "linear_attention",
     "linear_recurrence",
+    "log_linear_attention",
     "long_convolution",
+    "mlstm",
     "monarch",
     "past_nbytes",
     "positions",
