@@ -60,8 +60,10 @@ def load(folder: str | Path) -> tuple[LanguageModel, Any]:
     tensors = _read(folder / WEIGHTS, wanted)
     with torch.random.fork_rng(devices=[]):  # loading leaves the caller's random numbers alone
         model = LanguageModel(config)
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    model = model.to(dtypes.pop()) if len(dtypes) == 1 else model
+    dtypes = sorted({tensor.dtype for tensor in tensors.values()}, key=lambda dtype: dtype.itemsize)
+    model = model.to(dtypes[0])  # some parts stay wide by themselves
+    if any(parameter.dtype != tensors[name].dtype for name, parameter in model.named_parameters()):
+        model = model.to(dtypes[-1])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])

@@ -29,6 +29,7 @@ class Attention(Mixer):
         rotary: whether positions are told by rotation; without, only the causal order tells them.
         rotary_base: base of the rotation's wavelengths.
         qkv_bias: whether q, k and v have biases.
+        out_bias: whether the output has one.
     """
 
     attends = True
@@ -47,6 +48,7 @@ class Attention(Mixer):
         rotary: bool = True,
         rotary_base: float = 10000.0,
         qkv_bias: bool = False,
+        out_bias: bool = False,
         residuals: int = 1,
     ):
         super().__init__(d_model)
@@ -65,7 +67,7 @@ class Attention(Mixer):
             raise UsageError(f"rotary positions need an even head dimension, not {self.head_dim}")
         self.residuals = residuals
         self.qkv = nn.Linear(self.d_in, self.d_in + 2 * self.n_kv_heads * self.head_dim, bias=qkv_bias)
-        self.out = nn.Linear(self.d_in, d_model, bias=False)
+        self.out = nn.Linear(self.d_in, d_model, bias=out_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

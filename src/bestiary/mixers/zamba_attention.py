@@ -31,7 +31,7 @@ class ZambaAttention(Attention):
         window: steps that each step sees, itself included; None for all of the past.
         rotary: whether positions are told by rotation, as in Zamba2; the first Zamba does without.
         rotary_base: base of the rotation's wavelengths.
-        qkv_bias: whether q, k and v have biases.
+        qkv_bias, out_bias: whether q, k and v, and the output, have biases.
     """
 
     channel_mixer = "geglu"

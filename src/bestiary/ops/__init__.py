@@ -18,7 +18,7 @@ from bestiary.ops.monarch import block_diagonal, monarch
 from bestiary.ops.rotary import positions, rotate
 from bestiary.ops.selective_scan import selective_scan
 from bestiary.ops.short_convolution import short_convolution
-from bestiary.ops.ssm import dense_ssm, diagonal_ssm
+from bestiary.ops.ssm import dense_ssm, diagonal_ssm, real_ssm
 from bestiary.ops.wkv import WKVState, empty_wkv, wkv
 
 __all__ = [
@@ -49,6 +49,7 @@ __all__ = [
     "monarch",
     "past_nbytes",
     "positions",
+    "real_ssm",
     "remember",
     "rotate",
     "selective_scan",

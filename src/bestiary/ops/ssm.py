@@ -244,6 +244,51 @@ def diagonal_chunked(
     return y, after.unflatten(-1, (-1, 2))
 
 
+def real_ssm(
+    u: Float[Tensor, "batch time channels"],
+    A_bar: Float[Tensor, "channels n"],
+    B_bar: Float[Tensor, "channels n"],
+    C: Float[Tensor, "channels n"],
+    D: Float[Tensor, " channels"] | None = None,
+    *,
+    state: Float[Tensor, "batch channels n"] | None = None,
+    lengths: Int[Tensor, " batch"] | None = None,
+) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch channels n"]]:
+    """h_t = A_bar h_{t-1} + B_bar u_t, y_t = C . h_t + D u_t with real eigenvalues (decays); returns (y, state).
+
+    Args and state as in `diagonal_ssm`, the state being real; no conjugates, so no factor 2.
+    """
+    return _real("real_ssm", u, A_bar, B_bar, C, D, state, lengths)
+
+
+@dispatch.form("real_ssm", "reference")
+def real_recurrent(
+    u: Tensor, A_bar: Tensor, B_bar: Tensor, C: Tensor, state: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Step through time, as the equation reads."""
+
+    def step(h: Tensor, u_t: Tensor) -> tuple[Tensor, Tensor]:
+        h = A_bar * h + B_bar * u_t[..., None]
+        return h, (C * h).sum(-1)
+
+    return _stepwise(step, u, state, lengths)
+
+
+@dispatch.form("real_ssm", "torch")
+def real_chunked(
+    u: Tensor, A_bar: Tensor, B_bar: Tensor, C: Tensor, state: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Toeplitz products within chunks, the recurrence between them."""
+    lag = powers(A_bar, _chunk_size(u.shape[1]) + 1)  # (channels, n, lags)
+
+    def advance(h: Tensor, steps: int) -> Tensor:
+        return h * lag[..., steps]
+
+    kernel = ((C * B_bar)[:, None] @ lag[..., :-1])[:, 0]
+    reads, writes = C[..., None] * lag[..., 1:], B_bar[..., None] * lag[..., :-1].flip(-1)
+    return _chunkwise(u, _Chunked(kernel, reads, writes, advance), state, lengths)
+
+
 def dense_ssm(
     u: Float[Tensor, "batch time channels"],
     A_bar: Float[Tensor, "channels n n"],
@@ -258,12 +303,26 @@ def dense_ssm(
 
     Args and state as in `diagonal_ssm`, the state being real.
     """
+    return _real("dense_ssm", u, A_bar, B_bar, C, D, state, lengths)
+
+
+def _real(
+    op: str,
+    u: Tensor,
+    A_bar: Tensor,
+    B_bar: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What the ops of real systems share: the initial state, the dtype, the skip."""
     if state is None:
         dtype = dispatch.wide(u.dtype, A_bar.dtype)
         state = torch.zeros(u.shape[0], *B_bar.shape, dtype=dtype, device=u.device)
     with dispatch.full_precision(u):
         wide, to = u.to(state.dtype), state.dtype
-        form = dispatch.choose("dense_ssm", time=u.shape[1])
+        form = dispatch.choose(op, time=u.shape[1])
         y, state = form(wide, A_bar.to(to), B_bar.to(to), C.to(to), state, lengths)
         return (y if D is None else y + D.to(to) * wide).to(u.dtype), state
 
