@@ -67,6 +67,22 @@ def test_zero_order_hold_is_the_integral_and_bilinear_its_second_order_approxima
     assert 6 < errors[0] / errors[1] < 10  # third order in a single step
 
 
+def test_growth_and_its_derivatives_are_exact_at_any_size() -> None:
+    """(e^x - 1)/x is the mean of e^(x s) over s in 0..1, its derivative the mean of s e^(x s)."""
+    sizes = torch.tensor([0, 1e-12, 1e-6, 0.01, 0.1249, 0.1251, 1, 30], dtype=torch.float64)
+    x = torch.cat([-sizes, sizes * 1j, sizes * (-0.6 + 0.8j)]).requires_grad_()
+    s = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    weight = (x.detach()[:, None] * s).exp()
+    found = ssm.growth(x)
+    torch.testing.assert_close(found.detach(), weight.mean(1), rtol=0, atol=1e-9)
+    (slope,) = torch.autograd.grad(found.real.sum(), x)
+    torch.testing.assert_close(slope.conj(), (s * weight).mean(1), rtol=0, atol=1e-9)
+    low = x.detach().to(torch.complex64).requires_grad_()
+    (rounded,) = torch.autograd.grad(ssm.growth(low).real.sum(), low)
+    torch.testing.assert_close(rounded.to(slope.dtype), slope, rtol=0, atol=1e-6)
+    assert torch.autograd.gradgradcheck(ssm.growth, x[1:])
+
+
 def test_dense_bilinear_is_diagonal_bilinear_on_a_diagonal() -> None:
     A, B, dt = -torch.rand(2, 5).double(), normal(2, 5), torch.rand(2).double()
     a, b = ssm.bilinear_dense(torch.diag_embed(A), B, dt)

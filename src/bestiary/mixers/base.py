@@ -30,6 +30,9 @@ class Mixer(nn.Module):
     channel_mixer: ClassVar[str | None] = "swiglu"
     """The channel mixer that follows by default; None where the block holds the sequence mixer alone."""
 
+    timed: ClassVar[bool] = False
+    """Whether the time between steps counts (`context.intervals`)."""
+
     cached_activations: ClassVar[tuple[str, ...]] = ()
     """Fields of the state that hold copies of activations (a KV cache) and so may stay in half precision."""
 

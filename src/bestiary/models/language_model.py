@@ -118,8 +118,13 @@ class LanguageModel(nn.Module):
         lengths: Int[Tensor, " batch"] | None = None,
         cu_seqlens: Int[Tensor, " bounds"] | None = None,
         context: Context | None = None,
+        intervals: Float[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], ModelState]:
-        """What the head sees: the normed output of the last block. A context is filled in; see bestiary.mixers."""
+        """What the head sees: the normed output of the last block. A context is filled in; see bestiary.mixers.
+
+        Args:
+            intervals: time that passes before each token, in units of a usual step; some mixer must be a timed one.
+        """
         if tokens.device.type == "cpu" and tokens.numel():
             self.check_tokens(int(tokens.min()), int(tokens.max()))
         if state is not None and len(state.layers) != len(self.blocks):
@@ -127,6 +132,11 @@ class LanguageModel(nn.Module):
         x, after = self.embedding(tokens), []
         context = Context() if context is None else context
         context.embeddings = x
+        if intervals is not None:
+            if not any(block.mixer.timed for block in self.blocks):  # type: ignore[union-attr]
+                able = ", ".join(name for name in mixers.names() if mixers.get(name).timed)
+                raise UsageError(f"no mixer of this model follows the time between tokens; these can: {able}")
+            context.intervals = intervals
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
             x, layer = block(x, before, lengths=lengths, cu_seqlens=cu_seqlens, context=context)
@@ -140,9 +150,10 @@ class LanguageModel(nn.Module):
         *,
         lengths: Int[Tensor, " batch"] | None = None,
         cu_seqlens: Int[Tensor, " bounds"] | None = None,
+        intervals: Float[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time vocab"], ModelState]:
-        """Logits of the next token at every position, and the state to continue with."""
-        hidden, state = self.hidden(tokens, state, lengths=lengths, cu_seqlens=cu_seqlens)
+        """Logits of the next token at every position, and the state to continue with; `intervals` as in `hidden`."""
+        hidden, state = self.hidden(tokens, state, lengths=lengths, cu_seqlens=cu_seqlens, intervals=intervals)
         return self.head(hidden), state
 
     def check_tokens(self, lowest: int, highest: int) -> None:
@@ -168,6 +179,7 @@ class LanguageModel(nn.Module):
         *,
         lengths: Int[Tensor, " batch"] | None = None,
         cu_seqlens: Int[Tensor, " bounds"] | None = None,
+        intervals: Float[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, ""], ModelState]:
         """Mean cross-entropy in nats over the targets, and the state.
 
@@ -177,7 +189,8 @@ class LanguageModel(nn.Module):
             mask: (batch, time) booleans or weights of the targets; targets below 0 never count.
         """
         context = Context()
-        hidden, state = self.hidden(tokens, state, lengths=lengths, cu_seqlens=cu_seqlens, context=context)
+        rows: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens, "intervals": intervals}
+        hidden, state = self.hidden(tokens, state, context=context, **rows)
         weights = None if mask is None else mask.flatten().to(torch.promote_types(hidden.dtype, torch.float32))
         loss = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), weights)
         self.measures = context.measures
