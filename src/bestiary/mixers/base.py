@@ -166,6 +166,21 @@ class Pointwise(Mixer):
         return self.transform(x), state
 
 
+class NonCausal(Mixer):
+    """A mixer that reads its sequence as a whole, both ways: nothing to remember, no step, no segments."""
+
+    causal = False
+
+    def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> states.Empty:
+        return states.Empty()
+
+    def step(self, x: Tensor, state: Any, *, context: Context | None = None) -> tuple[Tensor, Any]:
+        raise UsageError(
+            f"{self.name or type(self).__name__} is bidirectional and sees whole sequences: it cannot step; "
+            "give forward all of the sequence, or take a causal mixer"
+        )
+
+
 def real_steps(lengths: Int[Tensor, " batch"], time: int) -> Bool[Tensor, "batch time"]:
     """Mask of the steps that are no padding."""
     return torch.arange(time, device=lengths.device) < lengths[:, None]

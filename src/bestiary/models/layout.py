@@ -147,9 +147,10 @@ def _layer(name: str, options: dict[str, Any]) -> Layer:
     """Sort a layer's options into the sequence mixer's and the channel mixer's; every name must exist."""
     cls = mixers.get(name)
     own = {key: value for key, value in options.items() if key != "channel" and not key.startswith("channel.")}
+    valid = mixers.options(name, own)
     for key in own:
-        if key not in mixers.options(name):
-            raise unknown(f"option of mixer {name!r}:", key, [*mixers.options(name), "channel"])
+        if key not in valid:
+            raise unknown(f"option of mixer {name!r}:", key, [*valid, "channel"])
     channel = options.get("channel", cls.channel_mixer)
     inner = {key.removeprefix("channel."): value for key, value in options.items() if key.startswith("channel.")}
     if channel is None and inner:
