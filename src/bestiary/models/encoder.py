@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from bestiary import state as states
 from bestiary.errors import UsageError
 from bestiary.mixers import Context
+from bestiary.mixers.parts import gpt_init
 from bestiary.models.encoder_config import ClassifierConfig, EncoderConfig, ImageConfig
 from bestiary.models.encoder_stack import Encoder, make_norm
 from bestiary.models.loss import linear_cross_entropy
@@ -57,7 +58,8 @@ class MaskedLanguageModel(EncoderModel):
             raise UsageError("a masked language model reads tokens: give vocab_size, not features")
         self.dense, self.norm = nn.Linear(config.d_model, config.d_model), make_norm(config)
         self.decoder = nn.Linear(config.d_model, config.vocab_size)
-        _head_init(self.dense, self.decoder)
+        gpt_init(self.dense, config.d_model)
+        nn.init.zeros_(self.decoder.bias)
         self.decoder.weight = self.encoder.embedding.weight
 
     def transform(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
@@ -92,7 +94,7 @@ class SequenceClassifier(EncoderModel):
         super().__init__(config)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(config.d_model, config.n_classes)
-        _head_init(self.head)
+        gpt_init(self.head, config.d_model)
 
     @classmethod
     def from_pretrained(
@@ -164,10 +166,3 @@ def patches(images: Float[Tensor, "batch channels height width"], size: int) -> 
     batch, channels, height, width = images.shape
     cut = images.reshape(batch, channels, height // size, size, width // size, size)
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * size * size)
-
-
-def _head_init(*linears: nn.Linear) -> None:
-    """BERT's."""
-    for linear in linears:
-        nn.init.normal_(linear.weight, std=0.02)
-        nn.init.zeros_(linear.bias)

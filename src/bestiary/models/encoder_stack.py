@@ -68,7 +68,7 @@ class Encoder(nn.Module):
         else:
             assert config.features is not None  # the configuration has one of the two
             self.embedding = nn.Linear(config.features, d_model)
-            nn.init.normal_(self.embedding.weight, std=config.features**-0.5)
+            nn.init.normal_(self.embedding.weight, std=std * config.features**-0.5)  # as large as positions
             nn.init.zeros_(self.embedding.bias)
         self.positions = nn.Embedding(config.max_length, d_model) if config.max_length else None
         self.types = nn.Embedding(config.token_types, d_model) if config.token_types else None
