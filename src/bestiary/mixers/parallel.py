@@ -40,6 +40,7 @@ class Parallel(Mixer):
         self.parts = nn.ModuleList(parts)
         self.norms = nn.ModuleList(RMSNorm(self.d_model, eps=1e-5) for _ in parts) if join == "norm" else None
         self.causal = all(part.causal for part in parts)  # type: ignore[misc]
+        self.timed = any(part.timed for part in parts)  # type: ignore[misc]
         self.cached_activations = tuple(name for part in parts for name in part.cached_activations)  # type: ignore[misc]
 
     def reset_parameters(self) -> None:

@@ -4,6 +4,7 @@ x = x + mixer(norm(x));   x = x + channel_mixer(norm(x))      per layer (the sec
 logits = head(norm(x))
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,14 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bestiary import channel_mixers, mixers
+from bestiary import mixers
 from bestiary import state as states
 from bestiary.errors import UsageError
 from bestiary.mixers import Context
-from bestiary.mixers.parallel import Parallel
 from bestiary.models import generation
 from bestiary.models.config import ModelConfig
-from bestiary.models.layout import Layer
+from bestiary.models.layout import Layer, build_blocks
 from bestiary.models.loss import linear_cross_entropy
 
 
@@ -44,14 +44,11 @@ class Block(nn.Module):
     def __init__(self, layer: Layer, config: ModelConfig, **place: int):
         super().__init__()
         self.norm = _norm(config)
-        parts = [mixers.build(part.mixer, config.d_model, **place, **part.options) for part in layer.parts]
-        self.mixer = parts[0] if len(parts) == 1 else Parallel(parts, layer.join)
+        self.mixer = layer.build_mixer(config.d_model, **place)
         if not self.mixer.causal:
             raise UsageError(f"mixer {layer.mixer!r} is bidirectional: a language model wants causal ones")
-        self.channel_norm, self.channel = None, None
-        if layer.channel is not None:
-            self.channel_norm = _norm(config)
-            self.channel = channel_mixers.build(layer.channel, config.d_model, **place, **layer.channel_options)
+        self.channel_norm = None if layer.channel is None else _norm(config)
+        self.channel = layer.build_channel(config.d_model, **place)
 
     def initial_state(self, batch_size: int, **kwargs: Any) -> LayerState:
         """The layer's state before the first step."""
@@ -88,16 +85,8 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        layers = config.layers
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        place = {"n_layers": len(layers), "residuals": sum(1 + (layer.channel is not None) for layer in layers)}
-        self.blocks = nn.ModuleList()
-        shared: dict[str, Block] = {}
-        for i, layer in enumerate(layers):
-            block = shared.get(layer.share or "") or Block(layer, config, layer_index=i, **place)
-            self.blocks.append(block)
-            if layer.share is not None:
-                shared[layer.share] = block
+        self.blocks = build_blocks(config.layers, functools.partial(Block, config=config))
         self.norm = _norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.measures: dict[str, list[Tensor]] = {}  # what parts told about themselves in the last call of `loss`

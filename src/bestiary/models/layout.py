@@ -19,12 +19,15 @@ Values are integers, floats, true, false, none, or words.
 
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from bestiary import channel_mixers, mixers
 from bestiary.errors import UsageError, unknown
-from bestiary.mixers.parallel import JOINS
+from bestiary.mixers.parallel import JOINS, Parallel
 
 MOST_LAYERS = 4096
 TOKEN = re.compile(r"\s*(?:(?P<word>[A-Za-z_][\w.]*)|(?P<number>\d+)|(?P<options>\{[^{}]*\})|(?P<sign>[()*+]))")
@@ -60,6 +63,33 @@ class Layer:
     def mixer(self) -> str:
         """The mixers' names, joined by "+"."""
         return "+".join(part.mixer for part in self.parts)
+
+    def build_mixer(self, d_model: int, **place: int) -> mixers.Mixer:
+        """The sequence mixing of the layer; `place` as in `bestiary.mixers.build`."""
+        parts = [mixers.build(part.mixer, d_model, **place, **part.options) for part in self.parts]
+        return parts[0] if len(parts) == 1 else Parallel(parts, self.join)
+
+    def build_channel(self, d_model: int, **place: int) -> mixers.Mixer | None:
+        """The channel mixer of the layer, if it has one."""
+        if self.channel is None:
+            return None
+        return channel_mixers.build(self.channel, d_model, **place, **self.channel_options)
+
+
+def build_blocks(layers: list[Layer], make: Callable[..., nn.Module], *, residuals: int | None = None) -> nn.ModuleList:
+    """A block a layer, made by `make(layer, layer_index=, n_layers=, residuals=)`; one for all that share a name.
+
+    Args:
+        residuals: how many parts write into the residual path; by default all mixers and channel mixers.
+    """
+    count = sum(1 + (layer.channel is not None) for layer in layers) if residuals is None else residuals
+    blocks, shared = nn.ModuleList(), dict[str | None, nn.Module]()
+    for i, layer in enumerate(layers):
+        block = shared.get(layer.share) or make(layer, layer_index=i, n_layers=len(layers), residuals=count)
+        blocks.append(block)
+        if layer.share is not None:
+            shared[layer.share] = block
+    return blocks
 
 
 def parse(layout: str) -> list[Layer]:
@@ -201,18 +231,20 @@ def _value(text: str) -> Any:
 
 def _part(name: str, options: dict[str, Any], whole: dict[str, Any]) -> Part:
     """A mixer with the options that are its own, all of which must exist; the layer's go into `whole`."""
-    own: dict[str, Any] = {}
-    valid = mixers.options(name)
-    for key, value in options.items():
-        if key not in LAYER_OPTIONS and not key.startswith("channel."):
-            if key not in valid:
-                raise unknown(f"option of mixer {name!r}:", key, [*valid, *LAYER_OPTIONS])
-            own[key] = value
-        elif key in whole:
+    own = {key: value for key, value in options.items() if not _of_the_layer(key)}
+    valid = mixers.options(name, own)
+    for key in own:
+        if key not in valid:
+            raise unknown(f"option of mixer {name!r}:", key, [*valid, *LAYER_OPTIONS])
+    for key in options.keys() - own.keys():
+        if key in whole:
             raise UsageError(f"option {key!r} of a layer is given twice, at two of its mixers")
-        else:
-            whole[key] = value
+        whole[key] = options[key]
     return Part(name, own)
+
+
+def _of_the_layer(option: str) -> bool:
+    return option in LAYER_OPTIONS or option.startswith("channel.")
 
 
 def _assemble(parts: tuple[Part, ...], whole: dict[str, Any]) -> Layer:
