@@ -3,13 +3,28 @@
 from bestiary import channel_mixers, mixers, ops, state
 from bestiary.errors import BestiaryError, UsageError
 from bestiary.hub import load, save
-from bestiary.models import LanguageModel, ModelConfig
+from bestiary.models import (
+    ClassifierConfig,
+    EncoderConfig,
+    ImageClassifier,
+    ImageConfig,
+    LanguageModel,
+    MaskedLanguageModel,
+    ModelConfig,
+    SequenceClassifier,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "BestiaryError",
+    "ClassifierConfig",
+    "EncoderConfig",
+    "ImageClassifier",
+    "ImageConfig",
     "LanguageModel",
+    "MaskedLanguageModel",
     "ModelConfig",
+    "SequenceClassifier",
     "UsageError",
     "channel_mixers",
     "load",

@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
 from bestiary.errors import UsageError, unknown
@@ -51,10 +51,20 @@ class Registry(Generic[C]):
             raise unknown(self.kind, name, self._classes)
         return self._classes[name]
 
-    def options(self, name: str) -> dict[str, Any]:
-        """Options of a part and their defaults (inspect.Parameter.empty where there is none)."""
-        parameters = list(inspect.signature(self.get(name)).parameters.values())[1:]  # after d_model
-        return {p.name: p.default for p in parameters if p.name not in CONTEXT}
+    def options(self, name: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Options of a part and their defaults (inspect.Parameter.empty where there is none).
+
+        A part around another, whose name its option `wraps` holds, takes the other's options too: those of the one
+        that `given` names, or of the default.
+        """
+        cls = self.get(name)
+        parameters = list(inspect.signature(cls).parameters.values())[1:]  # after d_model
+        own = {p.name: p.default for p in parameters if p.name not in CONTEXT and p.kind is not p.VAR_KEYWORD}
+        wraps = getattr(cls, "wraps", None)
+        if wraps is None:
+            return own
+        inner = str((given or {}).get(wraps, own[wraps]))
+        return own | {key: default for key, default in self.options(inner).items() if key not in own}
 
     def build(
         self,
@@ -72,7 +82,7 @@ class Registry(Generic[C]):
         Raises:
             UsageError: an unknown name or option (the message lists the valid ones), or a bad value.
         """
-        cls, valid = self.get(name), self.options(name)
+        cls, valid = self.get(name), self.options(name, options)
         for option in options:
             if option not in valid:
                 raise unknown(f"option of {self.kind} {name!r}:", option, valid)

@@ -55,6 +55,8 @@ def test_law(law: Law, registry, name: str) -> None:
 @pytest.mark.parametrize(("registry", "name"), PARTS, ids=IDS)
 @pytest.mark.parametrize("strong", [False, True])
 def test_20000_steps_of_decoding_stay_finite(registry, name: str, strong: bool) -> None:
+    if not registry.get(name).causal:
+        pytest.skip("bidirectional: it does not decode")
     assert decode(Case(lambda: registry.build(name, 32), strong=strong), 20_000) == 0
 
 

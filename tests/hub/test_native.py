@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("layout", ["mamba attention", "hyena rwkv4{channel=gelu_mlp}"])
+@pytest.mark.parametrize("layout", ["mamba attention", "hyena rwkv4{channel=gelu_mlp}", "striped_hyena hyena_li"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_a_model_survives_saving(layout: str, tied: bool, dtype: torch.dtype, tmp_path: Path) -> None:
@@ -35,6 +35,7 @@ def test_a_model_survives_saving(layout: str, tied: bool, dtype: torch.dtype, tm
     assert tokenizer is None and loaded.config == model.config and loaded.fingerprint() == model.fingerprint()
     assert torch.equal(loaded(tokens)[0], model(tokens)[0])
     assert (loaded.head.weight is loaded.embedding.weight) == tied
+    assert [p.dtype for p in loaded.parameters()] == [p.dtype for p in model.parameters()]
     marks = {name: vars(p) for name, p in model.named_parameters()}
     assert {name: vars(p) for name, p in loaded.named_parameters()} == marks  # what an optimiser must know
 

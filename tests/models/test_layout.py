@@ -2,7 +2,7 @@ import pytest
 
 from bestiary import ModelConfig
 from bestiary.errors import UsageError
-from bestiary.models.layout import parse
+from bestiary.models.layout import Part, parse, spell
 
 
 def names(layout: str) -> list[str]:
@@ -18,8 +18,29 @@ def test_a_layout_spells_out_its_layers() -> None:
 
 def test_options_go_to_the_mixer_and_to_the_channel_mixer() -> None:
     (layer,) = parse("attention{window=64, rotary=false, channel=gelu_mlp, channel.d_hidden=96}")
-    assert layer.options == {"window": 64, "rotary": False}
+    assert layer.parts == (Part("attention", {"window": 64, "rotary": False}),)
     assert (layer.channel, layer.channel_options) == ("gelu_mlp", {"d_hidden": 96})
+
+
+def test_mixers_side_by_side_are_one_layer() -> None:
+    first, second = parse("attention{window=64}+mamba*1 (mamba+gla{channel=gelu_mlp, join=sum})*1")
+    assert first.mixer == "attention+mamba" and (first.channel, first.join) == ("swiglu", "norm")
+    assert [part.options for part in first.parts] == [{"window": 64}, {}]
+    assert (second.channel, second.join) == ("gelu_mlp", "sum")
+    assert parse("mamba+mamba2")[0].channel is None
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "mamba*3 gla",
+        "attention{window=64}+mamba{expand=1.5, join=sum}*2",
+        "(mamba*2 attention{n_heads=2, share=a, channel=gelu_mlp, channel.d_hidden=64})*3",
+        "gla{channel=none} rwkv4{channel=swiglu}",
+    ],
+)
+def test_a_spelled_layout_parses_to_the_same_layers(layout: str) -> None:
+    assert parse(spell(parse(layout))) == parse(layout)
 
 
 def test_each_mixer_has_the_channel_mixer_it_wants_unless_told_otherwise() -> None:
@@ -45,6 +66,14 @@ def test_each_mixer_has_the_channel_mixer_it_wants_unless_told_otherwise() -> No
         ("gla{channel.hidden=3}", "d_hidden"),
         ("mamba{channel.d_hidden=64}", "no channel mixer"),
         ("mamba*100000", "4096"),
+        ("mamba+", "on both sides"),
+        ("+mamba", "expected a mixer"),
+        ("mamba+(gla)", "on both sides"),
+        ("(gla)+mamba", "not groups"),
+        ("gla{join=sum}", "stands alone"),
+        ("gla{join=product}+mamba", "unknown join 'product'"),
+        ("gla{channel=none}+mamba{channel=none}", "twice"),
+        ("gla{share=a} mamba gla{share=a, n_heads=2}", "must be alike"),
         ("(" * 100 + "mamba" + ")" * 100, "50"),
     ],
 )

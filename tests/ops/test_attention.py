@@ -82,3 +82,13 @@ def test_wrong_heads_and_windows_are_named() -> None:
         ops.attention(x, x, x, window=0)
     with pytest.raises(UsageError, match="dims"):
         ops.rotate(x, torch.zeros(1, 2, dtype=torch.int64), dims=3)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_remembering_alone_leaves_the_cache_that_attention_leaves(window: int | None) -> None:
+    q, k, v = (normal(2, 7, 2, 8) for _ in range(3))
+    lengths = torch.tensor([3, 7])
+    _, expected = ops.attention(q, k, v, window=window, lengths=lengths)
+    start = ops.empty_cache(2, 2, 8, 8, window=window, dtype=k.dtype)
+    found = ops.remember(start, k, v, window, lengths)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))

@@ -1,4 +1,4 @@
-"""Monarch matrices: the blocks are the full matrix, and the DFT and permutations of the paper are among them."""
+"""Monarch matrices: the blocks are the full matrix. (What else is claimed of them: test_monarch_tools.py.)"""
 
 import pytest
 import torch
@@ -37,8 +37,26 @@ def test_every_block_of_the_second_factor_sees_every_block_of_the_first() -> Non
     assert (matrix > 0).all()
 
 
+@pytest.mark.parametrize("shape", [(4, 6, 3), (1, 2, 5), (3, 1, 1)])
+def test_one_factor_is_a_block_diagonal_matrix(shape: tuple[int, ...]) -> None:
+    blocks, x = normal(*shape), normal(2, 3, shape[0] * shape[2])
+    expected = x @ torch.block_diag(*blocks).T
+    torch.testing.assert_close(ops.block_diagonal(x, blocks), expected, rtol=0, atol=1e-13)
+
+
+def test_complex_factors_make_a_complex_product() -> None:
+    a, b, x = (torch.randn(*shape, dtype=torch.complex128) for shape in ((4, 8, 3), (4, 5, 8), (2, 12)))
+    for inputs in (x, x.real):
+        for form in ("reference", "torch"):
+            with ops.use(form):
+                expected = inputs.to(a.dtype) @ dense(a, b).T
+                torch.testing.assert_close(ops.monarch(inputs, a, b), expected, rtol=0, atol=1e-12)
+
+
 def test_factors_that_do_not_fit_are_named() -> None:
     with pytest.raises(UsageError, match="first factor"):
         ops.monarch(torch.zeros(7), torch.zeros(2, 4, 4), torch.zeros(4, 2, 2))
     with pytest.raises(UsageError, match="do not fit"):
         ops.monarch(torch.zeros(8), torch.zeros(2, 4, 4), torch.zeros(3, 2, 2))
+    with pytest.raises(UsageError, match="2 x 4"):
+        ops.block_diagonal(torch.zeros(7), torch.zeros(2, 4, 4))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops.forms import LENGTHS, check_forms, normal
+from ops.forms import KINDS, LENGTHS, check_forms, gates, normal
 
 from bestiary import ops
 from bestiary.ops import ssm
@@ -67,6 +67,22 @@ def test_zero_order_hold_is_the_integral_and_bilinear_its_second_order_approxima
     assert 6 < errors[0] / errors[1] < 10  # third order in a single step
 
 
+def test_growth_and_its_derivatives_are_exact_at_any_size() -> None:
+    """(e^x - 1)/x is the mean of e^(x s) over s in 0..1, its derivative the mean of s e^(x s)."""
+    sizes = torch.tensor([0, 1e-12, 1e-6, 0.01, 0.1249, 0.1251, 1, 30], dtype=torch.float64)
+    x = torch.cat([-sizes, sizes * 1j, sizes * (-0.6 + 0.8j)]).requires_grad_()
+    s = (torch.arange(200_000, dtype=torch.float64) + 0.5) / 200_000
+    weight = (x.detach()[:, None] * s).exp()
+    found = ssm.growth(x)
+    torch.testing.assert_close(found.detach(), weight.mean(1), rtol=0, atol=1e-9)
+    (slope,) = torch.autograd.grad(found.real.sum(), x)
+    torch.testing.assert_close(slope.conj(), (s * weight).mean(1), rtol=0, atol=1e-9)
+    low = x.detach().to(torch.complex64).requires_grad_()
+    (rounded,) = torch.autograd.grad(ssm.growth(low).real.sum(), low)
+    torch.testing.assert_close(rounded.to(slope.dtype), slope, rtol=0, atol=1e-6)
+    assert torch.autograd.gradgradcheck(ssm.growth, x[1:])
+
+
 def test_dense_bilinear_is_diagonal_bilinear_on_a_diagonal() -> None:
     A, B, dt = -torch.rand(2, 5).double(), normal(2, 5), torch.rand(2).double()
     a, b = ssm.bilinear_dense(torch.diag_embed(A), B, dt)
@@ -122,6 +138,28 @@ def test_the_diagonal_recurrence_in_chunks(time: int, dt_scale: float) -> None:
 
 
 @pytest.mark.parametrize("time", LENGTHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_real_recurrence_in_chunks(kind: str, time: int) -> None:
+    torch.manual_seed(time)
+    parts = gates(kind, CHANNELS, HALF).exp(), normal(CHANNELS, HALF), normal(CHANNELS, HALF)
+
+    def op(u, a, b, c, d, state):  # type: ignore[no-untyped-def]
+        return ssm.real_ssm(u, a, b, c, d, state=state)
+
+    check_forms(op, [normal(2, time, CHANNELS), *parts, normal(CHANNELS), normal(2, CHANNELS, HALF)])
+
+
+def test_the_real_recurrence_is_half_the_complex_one_and_the_dense_one_on_a_diagonal() -> None:
+    a, b, c, u = torch.rand(CHANNELS, HALF).double(), normal(CHANNELS, HALF), normal(CHANNELS, HALF), normal(2, 70, 3)
+    y, h = ssm.real_ssm(u, a, b, c)
+    twice, modal = ssm.diagonal_ssm(u, *(x.to(torch.complex128) for x in (a, b, c)))
+    dense, _ = ssm.dense_ssm(u, torch.diag_embed(a), b, c)
+    torch.testing.assert_close(2 * y, twice, rtol=0, atol=1e-11)
+    torch.testing.assert_close(torch.stack([h, torch.zeros_like(h)], -1), modal, rtol=0, atol=1e-11)
+    torch.testing.assert_close(y, dense, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("time", LENGTHS)
 def test_the_dense_recurrence_in_chunks(time: int) -> None:
     L, P, B, C, dt = system()
     a, b, c = ssm.real_dplr(L, P, P, B, C)
@@ -143,9 +181,13 @@ def test_padding_takes_no_time(form: str) -> None:
     with ops.use(form):
         _, last = ssm.dense_ssm(u, A_bar, B_bar, c, state=h, lengths=lengths)
         _, last_modal = ssm.diagonal_ssm(u, *ssm.zoh(L, B, dt[:, None]), C, state=modal, lengths=lengths)
+        _, last_real = ssm.real_ssm(u, L.real.exp(), B.real, C.real, state=modal[..., 0], lengths=lengths)
     assert torch.equal(last[0], h[0]) and torch.equal(last_modal[0], modal[0])
+    assert torch.equal(last_real[0], modal[0, ..., 0])
     for i, n in enumerate(lengths.tolist()):
         _, alone = ssm.dense_ssm(u[i : i + 1, :n], A_bar, B_bar, c, state=h[i : i + 1])
         torch.testing.assert_close(last[i : i + 1], alone, rtol=0, atol=1e-11)
         _, alone = ssm.diagonal_ssm(u[i : i + 1, :n], *ssm.zoh(L, B, dt[:, None]), C, state=modal[i : i + 1])
         torch.testing.assert_close(last_modal[i : i + 1], alone, rtol=0, atol=1e-11)
+        _, alone = ssm.real_ssm(u[i : i + 1, :n], L.real.exp(), B.real, C.real, state=modal[i : i + 1, ..., 0])
+        torch.testing.assert_close(last_real[i : i + 1], alone, rtol=0, atol=1e-11)

@@ -56,7 +56,7 @@ def records(
                 "source": "https://example.org/t",
             }
         }
-        | {"tokens": 819_200, "steps": 200, "trial_steps": 24, "sequence_length": 256, "batch_size": 16}
+        | {"tokens": 819_200, "steps": 200, "trial_steps": [12, 24], "sequence_length": 256, "batch_size": 16}
         | {"seeds": list(range(seeds)), "tokenizer": "bytes", "vocab_size": 256}
         | {
             "recall": {"pairs": 8, "length": 64, "vocab": 512, "probes": 4096, "steps": 300, "chance": 0.125}

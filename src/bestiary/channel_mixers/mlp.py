@@ -1,7 +1,8 @@
-"""Position-wise networks: the GELU MLP of GPT-2 and the gated SwiGLU of Llama (Shazeer 2020, arXiv:2002.05202).
+"""Position-wise networks: the GELU MLP of GPT-2, the gated SwiGLU of Llama and GEGLU of Gemma (arXiv:2002.05202).
 
 gelu_mlp    y = W_2 gelu(W_1 x + b_1) + b_2
 swiglu      y = W_3 (silu(W_1 x) * W_2 x)
+geglu       y = W_3 (gelu(W_1 x) * W_2 x)            gelu by its tanh form, as in the published models
 
 Drawn as GPT-2's are: normal, what writes into the residual path divided by the root of how many parts do.
 """
@@ -61,4 +62,20 @@ class SwiGLU(Pointwise):
 
     def transform(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(self.activation(gate) * up)
+
+    def activation(self, gate: Tensor) -> Tensor:
+        return F.silu(gate)
+
+
+@register("geglu")
+class GEGLU(SwiGLU):
+    """The gated network with a GELU, as in Gemma, Griffin (d_hidden = 3 d_model there) and Zamba.
+
+    Args:
+        d_model: width of input and output.
+        d_hidden: inner width; 8/3 d_model by default, rounded up to a multiple of 32.
+    """
+
+    def activation(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh")

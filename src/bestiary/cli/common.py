@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import tyro
 
+import bestiary
+from bestiary import LanguageModel
 from bestiary.data.files import write_whole
 from bestiary.errors import UsageError
 
@@ -48,6 +50,14 @@ def _first_message(box: str) -> str:
         words.append(text)
     message = " ".join(filter(None, words)) or "the command line is wrong"
     return re.sub(r"^Error parsing [\w.]+: ", "", message)  # "--option" stays, a group of options says nothing
+
+
+def load_language_model(folder: str | Path) -> tuple[LanguageModel, Any]:
+    """(model, tokenizer) of a folder, for the verbs that want a causal language model and no other kind."""
+    model, tokenizer = bestiary.load(folder)
+    if not isinstance(model, LanguageModel):
+        raise UsageError(f"{folder} holds a {type(model).__name__}: give a language model here")
+    return model, tokenizer
 
 
 def write_json(path: Path | None, results: Any) -> None:

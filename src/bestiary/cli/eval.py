@@ -7,8 +7,7 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-import bestiary
-from bestiary.cli.common import parse, write_json
+from bestiary.cli.common import load_language_model, parse, write_json
 from bestiary.data import text
 from bestiary.errors import UsageError
 from bestiary.evaluation import perplexity
@@ -37,7 +36,7 @@ class Eval:
 
 def main(argv: list[str]) -> int:
     arguments = parse(Eval, argv, "eval")
-    model, tokenizer = bestiary.load(arguments.model)
+    model, tokenizer = load_language_model(arguments.model)
     if tokenizer is None:
         raise UsageError(f"{arguments.model} has no tokenizer, so it cannot read text")
     documents = text.read(arguments.text, errors=arguments.errors)

@@ -8,8 +8,7 @@ from typing import Annotated
 import torch
 import tyro
 
-import bestiary
-from bestiary.cli.common import parse, write_json
+from bestiary.cli.common import load_language_model, parse, write_json
 from bestiary.errors import UsageError
 
 
@@ -47,7 +46,7 @@ class Generate:
 
 def main(argv: list[str]) -> int:
     arguments = parse(Generate, argv, "generate")
-    model, tokenizer = bestiary.load(arguments.model)
+    model, tokenizer = load_language_model(arguments.model)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     tokens = list(tokenizer.encode(prompt))
     if not tokens:

@@ -8,9 +8,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-import bestiary
 from bestiary import channel_mixers, mixers
-from bestiary.cli.common import parse, write_json
+from bestiary.cli.common import load_language_model, parse, write_json
 from bestiary.errors import UsageError
 from bestiary.models import LanguageModel, ModelConfig
 from bestiary.models.costs import CONTEXTS, Cost, costs, total
@@ -51,7 +50,7 @@ def main(argv: list[str]) -> int:
     if any(context < 1 for context in arguments.contexts) or not arguments.contexts:
         raise UsageError(f"contexts must be positive numbers of tokens, not {list(arguments.contexts)}")
     if Path(arguments.layout).is_dir():
-        model, _ = bestiary.load(arguments.layout)
+        model, _ = load_language_model(arguments.layout)
     else:
         model = LanguageModel(ModelConfig(arguments.layout, arguments.d_model, arguments.vocab_size))
     parts = costs(model, arguments.contexts)

@@ -141,7 +141,11 @@ def split_gradients(case: Case) -> float:
     )
 
 
-@law("gradients are the derivatives, by central differences in float64", tolerance=TOLERANCE["float64", "derivative"])
+@law(
+    "gradients are the derivatives, by central differences in float64",
+    tolerance=TOLERANCE["float64", "derivative"],
+    causal_only=False,
+)
 def derivative(case: Case) -> float:
     case = replace(case, strong=False)
     mixer, x = case.mixer(), case.inputs().requires_grad_()
@@ -149,6 +153,8 @@ def derivative(case: Case) -> float:
     weight, cut = case.inputs(salt=5), case.cuts[0]
 
     def loss() -> Tensor:  # over two segments, so that the state's part is in it
+        if not mixer.causal:
+            return (mixer(x)[0] * weight).sum()
         y, state = mixer(x[:, :cut])
         z, state = mixer(x[:, cut:], state)
         ahead = continuation(mixer, state, case)
@@ -378,7 +384,9 @@ def _fields(state: Any, name: str = "state") -> list[tuple[str, Tensor]]:
     return [found for key, part in zip(names, state) for found in _fields(part, str(key))]
 
 
-@law("fp32 is float64 within rounding, whole and step by step", tolerance=TOLERANCE["float32", "law"])
+@law(
+    "fp32 is float64 within rounding, whole and step by step", tolerance=TOLERANCE["float32", "law"], causal_only=False
+)
 def single_precision(case: Case) -> float:
     case = replace(case, strong=False, time=max(case.time, 1))
     with torch.no_grad():
@@ -386,6 +394,8 @@ def single_precision(case: Case) -> float:
         low = replace(case, dtype=torch.float32)
         mixer, x = low.mixer(), low.inputs()
         whole, _ = mixer(x)
+        if not mixer.causal:
+            return distance(whole, expected)
         state, outputs = mixer.initial_state(low.batch, dtype=torch.float32), []
         for x_t in x.unbind(1):
             y_t, state = mixer.step(x_t, state)
@@ -393,20 +403,43 @@ def single_precision(case: Case) -> float:
         return max(distance(whole, expected), distance(torch.stack(outputs, 1), expected))
 
 
-@law("bf16, as weights or by autocast, is float64 within its rounding", tolerance=TOLERANCE["bfloat16", "law"])
+@law(
+    "bf16, as weights or by autocast, is float64 within its rounding",
+    tolerance=TOLERANCE["bfloat16", "law"],
+    causal_only=False,
+)
 def half_precision(case: Case) -> float:
     case = replace(case, strong=False, time=max(case.time, 1))
     with torch.no_grad():
         low = replace(case, dtype=torch.bfloat16)
         mixer, x = low.mixer(), low.inputs()
         expected, _ = mixer.double()(x.double())  # the same rounded weights and inputs: only the arithmetic differs
-        half, state = low.mixer()(x)
-        stepped = low.mixer().step(x[:, 0], mixer.initial_state(low.batch, dtype=torch.bfloat16))[0]
+        half, _ = low.mixer()(x)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             cast, state = mixer.float()(x.float())
         if any(t.dtype in (torch.bfloat16, torch.float16) for t in states.tensors(state)):
             raise LawBroken("under autocast the state fell to half precision")
-        return max(distance(half, expected), distance(cast, expected), distance(stepped, expected[:, 0]))
+        whole = max(distance(half, expected), distance(cast, expected))
+        if not mixer.causal:
+            return whole
+        stepped = low.mixer().step(x[:, 0], mixer.initial_state(low.batch, dtype=torch.bfloat16))[0]
+        return max(whole, distance(stepped, expected[:, 0]))
+
+
+@law("a bidirectional mixer remembers nothing and refuses to step", tolerance=0.0, causal_only=False)
+def no_state(case: Case) -> float:
+    mixer = case.mixer()
+    if mixer.causal:
+        return 0.0
+    with torch.no_grad():
+        _, state = mixer(case.inputs())
+    if states.tensors(state) or states.tensors(mixer.initial_state(case.batch)) or mixer.state_nbytes(case.time):
+        raise LawBroken("a bidirectional mixer keeps a state")
+    try:
+        mixer.step(case.inputs(1)[:, 0], state)
+    except UsageError:
+        return 0.0
+    raise LawBroken("a bidirectional mixer steps")
 
 
 @law("bad lengths and bounds are one clear error", tolerance=0.0, causal_only=False)

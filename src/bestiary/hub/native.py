@@ -15,16 +15,34 @@ from torch import Tensor
 
 from bestiary.data import tokenizer as tokens
 from bestiary.data.files import whole_folder
-from bestiary.errors import BestiaryError, UsageError
-from bestiary.models import LanguageModel, ModelConfig
+from bestiary.errors import BestiaryError, UsageError, unknown
+from bestiary.models import (
+    ClassifierConfig,
+    EncoderConfig,
+    ImageClassifier,
+    ImageConfig,
+    LanguageModel,
+    MaskedLanguageModel,
+    ModelConfig,
+    SequenceClassifier,
+)
 
 FORMAT = "bestiary"
 VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DEFAULT = "language_model"
+"""What a model is whose config.json does not say."""
+KINDS: dict[str, tuple[type, type]] = {
+    DEFAULT: (LanguageModel, ModelConfig),
+    "masked_language_model": (MaskedLanguageModel, EncoderConfig),
+    "sequence_classifier": (SequenceClassifier, ClassifierConfig),
+    "image_classifier": (ImageClassifier, ImageConfig),
+}
+"""What can be saved: the model's class and its configuration's, by the name in config.json."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def save(model: LanguageModel, tokenizer: Any, folder: str | Path) -> None:
+def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
     """Write a model, and its tokenizer unless that is None, as a folder; replaces an earlier one as a whole."""
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).exists():
@@ -33,9 +51,9 @@ def save(model: LanguageModel, tokenizer: Any, folder: str | Path) -> None:
         write(model, tokenizer, part)
 
 
-def write(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
+def write(model: Any, tokenizer: Any, folder: Path) -> None:
     """Put the format's files into an existing folder."""
-    config = {"format": FORMAT, "version": VERSION, **model.config.to_dict()}
+    config = {"format": FORMAT, "version": VERSION, "model": kind_of(model), **model.config.to_dict()}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -43,25 +61,38 @@ def write(model: LanguageModel, tokenizer: Any, folder: Path) -> None:
         tokenizer.save(folder)
 
 
-def load(folder: str | Path) -> tuple[LanguageModel, Any]:
+def kind_of(model: Any) -> str:
+    """The name of a model's kind; a UsageError where the format does not hold such models."""
+    for base in type(model).__mro__:
+        for kind, (cls, _) in KINDS.items():
+            if base is cls:
+                return kind
+    raise UsageError(f"a {type(model).__name__} cannot be saved in this format, which holds {', '.join(KINDS)}")
+
+
+def load(folder: str | Path) -> tuple[Any, Any]:
     """Read (model, tokenizer) from a folder that `save`, or a training run, wrote; the tokenizer is None without one.
+
+    The model is of the class that was saved: a LanguageModel, or one of the encoders' models.
 
     Raises:
         BestiaryError: the folder holds no model of this format, or a damaged one; the message names the file or tensor.
     """
     folder = newest(Path(folder))
-    config = read_config(folder)
+    cls, config = read_config(folder)
     try:
         with torch.device("meta"):
-            skeleton = LanguageModel(config)
+            skeleton = cls(config)
     except (RuntimeError, OverflowError) as error:
         raise BestiaryError(f"{folder / CONFIG} asks for an impossible size: {error}") from error
     wanted = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
     tensors = _read(folder / WEIGHTS, wanted)
     with torch.random.fork_rng(devices=[]):  # loading leaves the caller's random numbers alone
-        model = LanguageModel(config)
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    model = model.to(dtypes.pop()) if len(dtypes) == 1 else model
+        model = cls(config)
+    dtypes = sorted({tensor.dtype for tensor in tensors.values()}, key=lambda dtype: dtype.itemsize)
+    model = model.to(dtypes[0])  # some parts stay wide by themselves
+    if any(parameter.dtype != tensors[name].dtype for name, parameter in model.named_parameters()):
+        model = model.to(dtypes[-1])
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])
@@ -77,8 +108,8 @@ def newest(folder: Path) -> Path:
     return steps[-1] if steps else folder
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The model's configuration in a folder."""
+def read_config(folder: Path) -> tuple[type, Any]:
+    """The class and the configuration of the model in a folder."""
     path = folder / CONFIG
     if not folder.is_dir():
         raise UsageError(f"{folder} is no folder; give one that `bestiary train` or bestiary.save wrote")
@@ -94,7 +125,11 @@ def read_config(folder: Path) -> ModelConfig:
     if version != VERSION:
         raise BestiaryError(f"{path} has version {version!r}, this Bestiary reads {VERSION}")
     try:
-        return ModelConfig.from_dict(fields)
+        kind = fields.pop("model", DEFAULT)
+        if kind not in KINDS:
+            raise unknown("kind of model", str(kind), KINDS)
+        cls, config = KINDS[kind]
+        return cls, config.from_dict(fields)  # type: ignore[attr-defined]
     except (UsageError, TypeError) as error:
         raise BestiaryError(f"{path}: {error}") from error
 

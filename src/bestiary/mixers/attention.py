@@ -5,7 +5,7 @@ o_t = sum_s softmax_s(q_t.k_s / sqrt(K)) v_s        over s <= t, or the last `wi
 y_t = W_o o_t
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -29,9 +29,14 @@ class Attention(Mixer):
         rotary: whether positions are told by rotation; without, only the causal order tells them.
         rotary_base: base of the rotation's wavelengths.
         qkv_bias: whether q, k and v have biases.
+        out_bias: whether the output has one.
     """
 
+    attends = True
     cached_activations = ("keys", "values")
+
+    streams: ClassVar[int] = 1
+    """How many vectors of d_model, side by side, queries, keys and values are made from (see zamba_attention.py)."""
 
     def __init__(
         self,
@@ -43,6 +48,7 @@ class Attention(Mixer):
         rotary: bool = True,
         rotary_base: float = 10000.0,
         qkv_bias: bool = False,
+        out_bias: bool = False,
         residuals: int = 1,
     ):
         super().__init__(d_model)
@@ -54,17 +60,19 @@ class Attention(Mixer):
         if window is not None and window < 1:
             raise UsageError(f"window must be at least 1, not {window}")
         check_rate(rotary_base=rotary_base)
-        self.head_dim, self.window, self.rotary, self.rotary_base = d_model // self.n_heads, window, rotary, rotary_base
+        self.d_in = self.streams * d_model
+        self.head_dim, self.window = self.d_in // self.n_heads, window
+        self.rotary, self.rotary_base = rotary, rotary_base
         if rotary and self.head_dim % 2:
             raise UsageError(f"rotary positions need an even head dimension, not {self.head_dim}")
         self.residuals = residuals
-        self.qkv = nn.Linear(d_model, d_model + 2 * self.n_kv_heads * self.head_dim, bias=qkv_bias)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.qkv = nn.Linear(self.d_in, self.d_in + 2 * self.n_kv_heads * self.head_dim, bias=qkv_bias)
+        self.out = nn.Linear(self.d_in, d_model, bias=out_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        gpt_init(self.qkv, self.d_model)
-        gpt_init(self.out, self.d_model, residuals=self.residuals)
+        gpt_init(self.qkv, self.d_in)
+        gpt_init(self.out, self.d_in, residuals=self.residuals)
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> ops.KVCache:
         return ops.empty_cache(
@@ -83,15 +91,16 @@ class Attention(Mixer):
 
     def mixing_flops(self, context: int) -> float:
         seen = (context + 1) / 2 if self.window is None or self.window > context else float(self.window)
-        return 4 * self.d_model * seen
+        return 4 * self.d_in * seen
 
     def mix(
-        self, x: Float[Tensor, "batch time d_model"], state: ops.KVCache, lengths: Int[Tensor, " batch"] | None
+        self, x: Float[Tensor, "batch time d_in"], state: ops.KVCache, lengths: Int[Tensor, " batch"] | None
     ) -> tuple[Float[Tensor, "batch time d_model"], ops.KVCache]:
         width = self.n_kv_heads * self.head_dim
-        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in self.qkv(x).split([self.d_model, width, width], -1))
+        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in self.qkv(x).split([self.d_in, width, width], -1))
         if self.rotary:
             position = ops.positions(state.position, x.shape[1])
             q, k = (ops.rotate(z, position, base=self.rotary_base) for z in (q, k))
-        o, state = ops.attention(q, k, v, window=self.window, state=state, lengths=lengths)
+        scale = (self.d_model // self.n_heads) ** -0.5
+        o, state = ops.attention(q, k, v, window=self.window, scale=scale, state=state, lengths=lengths)
         return self.out(o.flatten(-2)), state

@@ -25,8 +25,13 @@ class Mixer(nn.Module):
     """The name it is registered under."""
     causal: ClassVar[bool] = True
     """Whether outputs depend on the past alone."""
+    attends: ClassVar[bool] = False
+    """Whether every step looks at all of its past again, as attention does (unless an option `window` is set)."""
     channel_mixer: ClassVar[str | None] = "swiglu"
     """The channel mixer that follows by default; None where the block holds the sequence mixer alone."""
+
+    timed: ClassVar[bool] = False
+    """Whether the time between steps counts (`context.intervals`)."""
 
     cached_activations: ClassVar[tuple[str, ...]] = ()
     """Fields of the state that hold copies of activations (a KV cache) and so may stay in half precision."""
@@ -164,6 +169,21 @@ class Pointwise(Mixer):
 
     def step(self, x: Tensor, state: Any, *, context: Context | None = None) -> tuple[Tensor, Any]:
         return self.transform(x), state
+
+
+class NonCausal(Mixer):
+    """A mixer that reads its sequence as a whole, both ways: nothing to remember, no step, no segments."""
+
+    causal = False
+
+    def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> states.Empty:
+        return states.Empty()
+
+    def step(self, x: Tensor, state: Any, *, context: Context | None = None) -> tuple[Tensor, Any]:
+        raise UsageError(
+            f"{self.name or type(self).__name__} is bidirectional and sees whole sequences: it cannot step; "
+            "give forward all of the sequence, or take a causal mixer"
+        )
 
 
 def real_steps(lengths: Int[Tensor, " batch"], time: int) -> Bool[Tensor, "batch time"]:

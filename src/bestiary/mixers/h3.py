@@ -4,6 +4,8 @@ q, k, v = W_q u + b_q, W_k u + b_k, W_v u + b_v
 k' = SSM_shift(k) + D_k k                            a shift register of N steps, read by C: a filter of N taps
 s = SSM_diag(k' v^T)                                 per head an outer product, each entry a diagonal system with skip D
 y = W_o (q s) + b_o                                  ops.short_convolution, ops.diagonal_ssm
+
+With times between the steps (`context.intervals`), the diagonal systems follow them; the shift register counts steps.
 """
 
 from typing import Any, NamedTuple
@@ -16,7 +18,8 @@ from bestiary import ops, state
 from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
-from bestiary.mixers.parts import gpt_init, no_weight_decay
+from bestiary.mixers.context import Context
+from bestiary.mixers.parts import gpt_init, no_weight_decay, time_gaps
 from bestiary.mixers.s4d import DiagonalSSM
 
 
@@ -37,6 +40,8 @@ class H3(Mixer):
         d_state: N, size of both systems' states.
         head_dim: channels of a head, whose head_dim squared products share a system (the published models have 1).
     """
+
+    timed = True
 
     def __init__(self, d_model: int, *, d_state: int = 64, head_dim: int = 1, residuals: int = 1):
         super().__init__(d_model)
@@ -68,16 +73,21 @@ class H3(Mixer):
     def mixing_flops(self, context: int) -> float:
         return 2 * self.shift.numel() + self.ssm.flops() + self.d_model * (4 + 4 * self.head_dim)
 
-    def mix(
-        self, x: Float[Tensor, "batch time d_model"], state: H3State, lengths: Int[Tensor, " batch"] | None
+    def mix_in_context(
+        self,
+        x: Float[Tensor, "batch time d_model"],
+        state: H3State,
+        lengths: Int[Tensor, " batch"] | None,
+        context: Context,
     ) -> tuple[Float[Tensor, "batch time d_model"], H3State]:
+        gaps = time_gaps(context, x, lengths, state.h.dtype)
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         k = keep_real(k, lengths)
         shifted, history = ops.short_convolution(k, self.shift, state=state.history, lengths=lengths)
         shifted = shifted + self.shift_D * k
         q, k, v = (z.unflatten(-1, (self.n_heads, self.head_dim)) for z in (q, shifted, v))
         kv = keep_real((k[..., :, None] * v[..., None, :]).flatten(-3), lengths)
-        s, h = self.ssm(kv, state.h, lengths)
+        s, h = self.ssm(kv, state.h, lengths, gaps)
         s = s.unflatten(-1, (self.n_heads, self.head_dim, self.head_dim))
         y = torch.einsum("bthi,bthij->bthj", q.to(s.dtype), s).flatten(-2)
         return self.out(y.to(self.out.weight.dtype)), H3State(history, h)

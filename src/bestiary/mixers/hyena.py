@@ -142,10 +142,17 @@ class Hyena(Mixer):
     def mix(
         self, x: Float[Tensor, "batch time d_model"], state: HyenaState, lengths: Int[Tensor, " batch"] | None
     ) -> tuple[Float[Tensor, "batch time d_model"], HyenaState]:
+        y, state = self.gated(x, state, lengths)
+        return self.out_proj(y), state
+
+    def gated(
+        self, x: Float[Tensor, "batch time d_model"], state: HyenaState, lengths: Int[Tensor, " batch"] | None
+    ) -> tuple[Float[Tensor, "batch time d_model"], HyenaState]:
+        """The gated long convolution, before the last projection."""
         x, history = self.conv(self.in_proj(x), state.history, lengths)
         x0, x1, v = x.chunk(3, dim=-1)
         v = keep_real(x1 * v, lengths)
         with ops.full_precision(x):
             kernel = self.filter(self.l_max, state.past.inputs.dtype)
         v, past = ops.long_convolution(v, kernel, self.beta, state=state.past, lengths=lengths)
-        return self.out_proj(x0 * v), HyenaState(history, past)
+        return x0 * v, HyenaState(history, past)

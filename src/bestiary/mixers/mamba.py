@@ -5,6 +5,9 @@ x = silu(conv(x))                                     causal, depthwise, 4 taps
 dt, B, C = W_x x;   dt = softplus(W_dt dt + b)        the parts that depend on the input
 h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t              A = -exp(A_log), diagonal: ops.selective_scan
 y = W_out ((C_t.h_t + D x_t) * silu(z_t))
+
+FalconMamba (arXiv:2410.05355) takes dt, B and C of unit mean square: `norm_dt_bc`. Jamba (arXiv:2403.19887) gives these
+norms weights.
 """
 
 import math
@@ -15,10 +18,14 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bestiary import ops, state
-from bestiary.errors import UsageError
+from bestiary.errors import UsageError, unknown
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import ShortConvolution, dt_bias_init, no_weight_decay
+from bestiary.mixers.context import Context
+from bestiary.mixers.parts import RMSNorm, ShortConvolution, dt_bias_init, no_weight_decay, time_gaps
+from bestiary.ops import ssm
+
+RULES = ("euler", *ssm.RULES)
 
 
 @state.register
@@ -39,9 +46,11 @@ class Mamba(Mixer):
         expand: inner width over d_model.
         conv_kernel: taps of the convolution.
         dt_rank: rank of the step size's projection; d_model / 16 by default, rounded up.
+        norm_dt_bc: RMS norms of B, C and dt (before its rise): false, true (FalconMamba), or "weighted" (Jamba).
+        discretisation: "euler" as published (exp(dt A) and dt B), "zoh" (zero-order hold, exact) or "bilinear".
     """
 
-    channel_mixer = None
+    channel_mixer, timed = None, True
 
     def __init__(
         self,
@@ -51,6 +60,8 @@ class Mamba(Mixer):
         expand: float = 2.0,
         conv_kernel: int = 4,
         dt_rank: int | None = None,
+        norm_dt_bc: bool | str = False,
+        discretisation: str = "euler",
         residuals: int = 1,
     ):
         super().__init__(d_model)
@@ -60,9 +71,18 @@ class Mamba(Mixer):
             raise UsageError(
                 f"expand={expand}, d_state={d_state} and dt_rank={dt_rank} must give at least one channel each"
             )
+        if norm_dt_bc not in (False, True, "weighted"):
+            raise unknown("norm_dt_bc", str(norm_dt_bc), ("false", "true", "weighted"))
+        if discretisation not in RULES:
+            raise unknown("discretisation", str(discretisation), RULES)
+        self.discretisation, self.widths = discretisation, [self.dt_rank, d_state, d_state]
         self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
         self.conv = ShortConvolution(self.d_inner, conv_kernel, bias=True, activation="silu")
-        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.x_proj = nn.Linear(self.d_inner, sum(self.widths), bias=False)
+        self.norms = nn.ModuleList()
+        if norm_dt_bc:
+            weighted = norm_dt_bc == "weighted"
+            self.norms.extend(RMSNorm(n, eps=1e-6, elementwise_affine=weighted) for n in self.widths)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state))
         self.D = nn.Parameter(torch.empty(self.d_inner))
@@ -72,7 +92,7 @@ class Mamba(Mixer):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for part in (self.in_proj, self.conv, self.x_proj, self.out_proj):
+        for part in (self.in_proj, self.conv, self.x_proj, *self.norms, self.out_proj):
             part.reset_parameters()
         self.out_proj.weight.div_(math.sqrt(self.residuals))
         bound = self.dt_rank**-0.5
@@ -89,15 +109,22 @@ class Mamba(Mixer):
     def mixing_flops(self, context: int) -> float:
         return self.conv.flops() + 9 * self.d_inner * self.d_state + 3 * self.d_inner
 
-    def mix(
-        self, x: Float[Tensor, "batch time d_model"], state: MambaState, lengths: Int[Tensor, " batch"] | None
+    def mix_in_context(
+        self,
+        x: Float[Tensor, "batch time d_model"],
+        state: MambaState,
+        lengths: Int[Tensor, " batch"] | None,
+        context: Context,
     ) -> tuple[Float[Tensor, "batch time d_model"], MambaState]:
+        gaps = time_gaps(context, x, lengths, state.h.dtype)
         x, z = self.in_proj(x).chunk(2, dim=-1)
         x, history = self.conv(x, state.history, lengths)
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        parts = self.x_proj(x).split(self.widths, dim=-1)
+        dt, B, C = (norm(part) for norm, part in zip(self.norms, parts)) if self.norms else parts
         dt = nn.functional.linear(dt, self.dt_proj.weight)  # the bias is added in the precision of the state
         A = -self.A_log.to(state.h.dtype).exp()
+        options: dict[str, Any] = {"dt_softplus": True, "discretisation": self.discretisation, "intervals": gaps}
         y, h = ops.selective_scan(
-            x, dt, A, B, C, self.D, z=z, dt_bias=self.dt_proj.bias, dt_softplus=True, state=state.h, lengths=lengths
+            x, dt, A, B, C, self.D, z=z, dt_bias=self.dt_proj.bias, state=state.h, lengths=lengths, **options
         )
         return self.out_proj(y), MambaState(history, h)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bestiary import ops, state
-from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
-from bestiary.mixers.parts import ShortConvolution, dt_bias_init, no_weight_decay
+from bestiary.mixers.context import Context
+from bestiary.mixers.parts import ShortConvolution, dt_bias_init, expanded_heads, no_weight_decay, time_gaps
 
 
 @state.register
@@ -43,7 +43,7 @@ class Mamba2(Mixer):
         conv_kernel: taps of the convolution.
     """
 
-    channel_mixer = None
+    channel_mixer, timed = None, True
 
     def __init__(
         self,
@@ -57,16 +57,9 @@ class Mamba2(Mixer):
         residuals: int = 1,
     ):
         super().__init__(d_model)
-        self.d_state = min(128, d_model) if d_state is None else d_state
-        wanted = int(expand * d_model)
-        if head_dim is None:
-            head_dim = 64 if wanted >= 256 and wanted % 64 == 0 else 32
-        self.n_heads = max(1, round(wanted / head_dim)) if head_dim > 0 else 0
-        if min(self.d_state, head_dim, n_groups, wanted) < 1 or self.n_heads % n_groups:
-            raise UsageError(
-                f"d_state={self.d_state}, head_dim={head_dim} and expand={expand} must be positive, and "
-                f"n_groups={n_groups} must divide the {self.n_heads} heads"
-            )
+        self.d_state, head_dim, self.n_heads = expanded_heads(
+            d_model, d_state=d_state, expand=expand, head_dim=head_dim, n_groups=n_groups
+        )
         self.head_dim, self.n_groups, self.residuals = head_dim, n_groups, residuals
         self.d_inner = self.n_heads * head_dim
         self.widths = [self.d_inner, self.d_inner + 2 * n_groups * self.d_state, self.n_heads]
@@ -99,14 +92,20 @@ class Mamba2(Mixer):
     def mixing_flops(self, context: int) -> float:
         return self.conv.flops() + 5 * self.d_state * self.d_inner + 3 * self.d_inner
 
-    def mix(
-        self, x: Float[Tensor, "batch time d_model"], state: Mamba2State, lengths: Int[Tensor, " batch"] | None
+    def mix_in_context(
+        self,
+        x: Float[Tensor, "batch time d_model"],
+        state: Mamba2State,
+        lengths: Int[Tensor, " batch"] | None,
+        context: Context,
     ) -> tuple[Float[Tensor, "batch time d_model"], Mamba2State]:
+        gaps = time_gaps(context, x, lengths, state.h.dtype)
         z, xBC, dt = self.in_proj(x).split(self.widths, dim=-1)
         xBC, history = self.conv(xBC, state.history, lengths)
         x, B, C = xBC.split([self.d_inner, *[self.n_groups * self.d_state] * 2], dim=-1)
         exact = state.h.dtype
         dt = keep_real(F.softplus(dt.to(exact) + self.dt_bias.to(exact)), lengths)  # padding takes no time
+        dt = dt if gaps is None else dt * gaps[..., None]
         log_decay = -dt * self.A_log.to(exact).exp()
         heads = x.unflatten(-1, (self.n_heads, -1)).to(exact)
         B, C = (part.unflatten(-1, (self.n_groups, -1)) for part in (B, C))

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from bestiary import ops
 from bestiary.errors import UsageError, unknown
+from bestiary.mixers.base import keep_real
+from bestiary.mixers.context import Context
 from bestiary.ops.short_convolution import last_inputs
 
 T = TypeVar("T")
@@ -134,10 +136,10 @@ class ForgetGate:
 
 
 def token_shift(
-    x: Float[Tensor, "batch time d_model"],
-    before: Float[Tensor, "batch d_model"],
+    x: Float[Tensor, "batch time *rest"],
+    before: Float[Tensor, "batch *rest"],
     lengths: Int[Tensor, " batch"] | None,
-) -> tuple[Float[Tensor, "batch time d_model"], Float[Tensor, "batch d_model"]]:
+) -> tuple[Float[Tensor, "batch time *rest"], Float[Tensor, "batch *rest"]]:
     """(the previous input of each step, the last real input of each row), `before` being the one before the segment."""
     shifted = torch.cat([before[:, None].to(x.dtype), x], dim=1)[:, :-1]
     return shifted, last_inputs(before[:, None], x, lengths)[:, 0]
@@ -153,6 +155,37 @@ def check_heads(n_heads: int, **widths: int) -> None:
     for name, width in widths.items():
         if n_heads < 1 or width < 1 or width % n_heads:
             raise UsageError(f"n_heads={n_heads} must divide {name}={width}")
+
+
+def expanded_heads(
+    d_model: int, *, d_state: int | None, expand: float, head_dim: int | None, n_groups: int
+) -> tuple[int, int, int]:
+    """(d_state, head_dim, n_heads) of Mamba-2 and 3, the published 128 and 64 where the width allows; checked."""
+    d_state, wanted = min(128, d_model) if d_state is None else d_state, int(expand * d_model)
+    if head_dim is None:
+        head_dim = 64 if wanted >= 256 and wanted % 64 == 0 else 32
+    n_heads = max(1, round(wanted / head_dim)) if head_dim > 0 else 0
+    if min(d_state, head_dim, n_groups, wanted) < 1 or n_heads % n_groups:
+        raise UsageError(
+            f"d_state={d_state}, head_dim={head_dim} and expand={expand} must be positive, and "
+            f"n_groups={n_groups} must divide the {n_heads} heads"
+        )
+    return d_state, head_dim, n_heads
+
+
+def time_gaps(
+    context: Context, x: Float[Tensor, "batch time d_model"], lengths: Int[Tensor, " batch"] | None, dtype: torch.dtype
+) -> Float[Tensor, "batch time"] | None:
+    """The time that passes before each step of x, where the caller said so; padding takes none."""
+    gaps = context.intervals
+    if gaps is None:
+        return None
+    if gaps.shape != x.shape[:2]:
+        raise UsageError(f"intervals must be of shape {tuple(x.shape[:2])}, one a step, not {tuple(gaps.shape)}")
+    gaps = keep_real(gaps.to(dtype), lengths)
+    if gaps.device.type == "cpu" and gaps.numel() and not gaps.min() >= 0:
+        raise UsageError("intervals must be at least 0: time does not run backwards")
+    return gaps
 
 
 def check_rate(**rates: float) -> dict[str, float]:

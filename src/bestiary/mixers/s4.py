@@ -6,6 +6,7 @@
     y = GLU(W gelu(s))
 
 The stored C is the system's own readout (not the C~ of a kernel cut at some length), so that lags are unlimited.
+With times between the steps (`context.intervals`), dt is multiplied by them: ops.irregular_dplr_ssm.
 """
 
 import math
@@ -20,7 +21,8 @@ from bestiary import ops, state
 from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import Remembered, no_weight_decay, slow_learners
+from bestiary.mixers.context import Context
+from bestiary.mixers.parts import Remembered, no_weight_decay, slow_learners, time_gaps
 from bestiary.ops import ssm
 
 
@@ -39,6 +41,8 @@ class S4(Mixer):
         d_model: width of input and output.
         d_state: N, size of a channel's state; even.
     """
+
+    timed = True
 
     def __init__(self, d_model: int, *, d_state: int = 64):
         super().__init__(d_model)
@@ -71,10 +75,15 @@ class S4(Mixer):
         self, dtype: torch.dtype
     ) -> tuple[Float[Tensor, "channels n n"], Float[Tensor, "channels n"], Float[Tensor, "channels n"]]:
         """(A_bar, B_bar, C) as real matrices, computed in `dtype`."""
+        L, P, B, C, dt = self.continuous(dtype)
+        A, b, c = ssm.real_dplr(L, P, P, B, C)
+        return *ssm.bilinear_dense(A, b, dt), c
+
+    def continuous(self, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """(L, P, B, C, dt), computed in `dtype`."""
         P, B, C = (torch.view_as_complex(x.to(dtype)) for x in (self.P, self.B, self.C))
         L = torch.complex(-self.log_A_real.to(dtype).exp(), self.A_imag.to(dtype))
-        A, b, c = ssm.real_dplr(L, P, P, B, C)
-        return *ssm.bilinear_dense(A, b, self.log_dt.to(dtype).exp()), c
+        return L, P, B, C, self.log_dt.to(dtype).exp()
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> S4State:
         shape = (batch_size, self.d_model, self.d_state)
@@ -83,11 +92,20 @@ class S4(Mixer):
     def mixing_flops(self, context: int) -> float:
         return self.d_model * (6 * self.d_state + 5)  # diagonal plus low rank, as the paper counts
 
-    def mix(
-        self, x: Float[Tensor, "batch time d_model"], state: S4State, lengths: Int[Tensor, " batch"] | None
+    def mix_in_context(
+        self,
+        x: Float[Tensor, "batch time d_model"],
+        state: S4State,
+        lengths: Int[Tensor, " batch"] | None,
+        context: Context,
     ) -> tuple[Float[Tensor, "batch time d_model"], S4State]:
-        exact = state.h.dtype
-        with ops.full_precision(x):
-            system = self.discrete.get(self.parameters(), lambda: self.system(exact), exact)
-        y, h = ops.dense_ssm(x, *system, self.D, state=state.h, lengths=lengths)
+        exact, gaps = state.h.dtype, time_gaps(context, x, lengths, state.h.dtype)
+        if gaps is None:
+            with ops.full_precision(x):
+                system = self.discrete.get(self.parameters(), lambda: self.system(exact), exact)
+            y, h = ops.dense_ssm(x, *system, self.D, state=state.h, lengths=lengths)
+        else:
+            with ops.full_precision(x):
+                L, P, B, C, dt = self.continuous(exact)
+            y, h = ops.irregular_dplr_ssm(x, gaps, L, P, B, C, dt, self.D, state=state.h, lengths=lengths)
         return F.glu(self.out(F.gelu(y)), dim=-1), S4State(h)

@@ -5,6 +5,8 @@ s_t = 2 Re(C . h_t) + D u_t                          ops.diagonal_ssm
 y = GLU(W gelu(s))
 
 A = -exp(log_A_real) + i A_imag;  A_bar = exp(dt A), B_bar = (A_bar - 1) / A            zero-order hold, B = 1
+
+With times between the steps (`context.intervals`), dt is multiplied by them: ops.irregular_diagonal_ssm.
 """
 
 import math
@@ -19,7 +21,8 @@ from bestiary import ops, state
 from bestiary.errors import UsageError, unknown
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import Remembered, no_weight_decay, slow_learners
+from bestiary.mixers.context import Context
+from bestiary.mixers.parts import Remembered, no_weight_decay, slow_learners, time_gaps
 from bestiary.ops import ssm
 
 
@@ -47,8 +50,8 @@ class DiagonalSSM(nn.Module):
             raise UsageError(f"d_state must be even and at least 2, not {d_state}")
         if init not in ("lin", "inv", "legs"):
             raise unknown("init of the eigenvalues", init, ("lin", "inv", "legs"))
-        if rule not in ("zoh", "bilinear"):
-            raise unknown("discretisation", rule, ("zoh", "bilinear"))
+        if rule not in ssm.RULES:
+            raise unknown("discretisation", rule, ssm.RULES)
         half = d_state // 2
         self.init, self.rule, self.shared = init, rule, shared
         self.log_dt = nn.Parameter(torch.empty(channels))
@@ -73,16 +76,25 @@ class DiagonalSSM(nn.Module):
             self.C.copy_(torch.view_as_real(torch.view_as_complex(self.C) * B.to(torch.complex64)))
         self.D.normal_()
 
+    def continuous(
+        self, dtype: torch.dtype
+    ) -> tuple[Complex[Tensor, "channels half"], Complex[Tensor, "channels half"], Float[Tensor, " channels"]]:
+        """(A, C, dt) of each system, computed in `dtype`; B is 1."""
+        log_dt, real, imag, C = (x.to(dtype) for x in (self.log_dt, self.log_A_real, self.A_imag, self.C))
+        return torch.complex(-real.exp(), imag), torch.view_as_complex(C), log_dt.exp()
+
     def system(
         self, dtype: torch.dtype
     ) -> tuple[Complex[Tensor, "channels half"], Complex[Tensor, "channels half"], Complex[Tensor, "channels half"]]:
         """(A_bar, B_bar, C) of each channel, computed in `dtype`."""
-        log_dt, real, imag, C = (x.to(dtype) for x in (self.log_dt, self.log_A_real, self.A_imag, self.C))
-        A, dt = torch.complex(-real.exp(), imag), log_dt.exp()[:, None]
+        A, C, dt = self.continuous(dtype)
         discretise = ssm.zoh if self.rule == "zoh" else ssm.bilinear
-        system = (*discretise(A, torch.ones_like(A), dt), torch.view_as_complex(C))
-        A_bar, B_bar, readout = (x.repeat_interleave(self.shared, dim=0) for x in system)
-        return A_bar, B_bar, readout
+        A_bar, B_bar = discretise(A, torch.ones_like(A), dt[:, None])
+        return self.spread(A_bar), self.spread(B_bar), self.spread(C)
+
+    def spread(self, x: Float[Tensor, "systems *rest"] | Complex[Tensor, "systems *rest"]) -> Tensor:
+        """What belongs to each system, for each of its channels."""
+        return x.repeat_interleave(self.shared, dim=0)
 
     def initial_state(
         self, batch_size: int, *, dtype: torch.dtype, device: torch.device | str
@@ -95,10 +107,17 @@ class DiagonalSSM(nn.Module):
         u: Float[Tensor, "batch time channels"],
         state: Float[Tensor, "batch channels half 2"],
         lengths: Int[Tensor, " batch"] | None,
+        gaps: Float[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch channels half 2"]]:
+        D = self.spread(self.D)
         with ops.full_precision(u):
-            system = self.discrete.get(self.parameters(), lambda: self.system(state.dtype), state.dtype)
-        return ops.diagonal_ssm(u, *system, self.D.repeat_interleave(self.shared), state=state, lengths=lengths)
+            if gaps is None:
+                system = self.discrete.get(self.parameters(), lambda: self.system(state.dtype), state.dtype)
+                return ops.diagonal_ssm(u, *system, D, state=state, lengths=lengths)
+            A, C, dt = (self.spread(x) for x in self.continuous(state.dtype))
+        return ops.irregular_diagonal_ssm(
+            u, gaps, A, torch.ones_like(A), C, dt, D, rule=self.rule, state=state, lengths=lengths
+        )
 
     def flops(self) -> float:
         """Forward FLOPs a step: a complex multiply-add, and the reading."""
@@ -116,6 +135,8 @@ class S4D(Mixer):
         rule: discretisation, "zoh" or "bilinear".
     """
 
+    timed = True
+
     def __init__(self, d_model: int, *, d_state: int = 64, init: str = "lin", rule: str = "zoh"):
         super().__init__(d_model)
         self.ssm = DiagonalSSM(d_model, d_state, init=init, rule=rule)
@@ -131,8 +152,12 @@ class S4D(Mixer):
     def mixing_flops(self, context: int) -> float:
         return self.ssm.flops() + 3 * self.d_model
 
-    def mix(
-        self, x: Float[Tensor, "batch time d_model"], state: S4DState, lengths: Int[Tensor, " batch"] | None
+    def mix_in_context(
+        self,
+        x: Float[Tensor, "batch time d_model"],
+        state: S4DState,
+        lengths: Int[Tensor, " batch"] | None,
+        context: Context,
     ) -> tuple[Float[Tensor, "batch time d_model"], S4DState]:
-        y, h = self.ssm(x, state.h, lengths)
+        y, h = self.ssm(x, state.h, lengths, time_gaps(context, x, lengths, state.h.dtype))
         return F.glu(self.out(F.gelu(y)), dim=-1), S4DState(h)

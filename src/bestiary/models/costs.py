@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bestiary.models.language_model import Block, LanguageModel
+from bestiary.models.layout import Layer
 
 CONTEXTS = (256, 2048, 8192, 32768)
 
@@ -29,14 +30,19 @@ def costs(model: LanguageModel, contexts: Sequence[int] = CONTEXTS) -> list[Cost
     ends = Cost(
         "embedding, head", tied + _count(model.norm), {c: 2.0 * head for c in contexts}, dict.fromkeys(contexts, 0)
     )
-    return [ends, *(_layer_cost(block, contexts) for block in model.blocks)]  # type: ignore[arg-type]
+    found, seen = [ends], set()
+    for block, layer in zip(model.blocks, config.layers):
+        found.append(_layer_cost(block, layer, contexts, new=id(block) not in seen))  # type: ignore[arg-type]
+        seen.add(id(block))
+    return found
 
 
-def _layer_cost(block: Block, contexts: Sequence[int]) -> Cost:
+def _layer_cost(block: Block, layer: Layer, contexts: Sequence[int], *, new: bool) -> Cost:
+    """The cost of a layer; weights that an earlier layer had already count there."""
     parts = [part for part in (block.mixer, block.channel) if part is not None]
     return Cost(
-        " + ".join(part.name for part in parts),
-        _count(block),
+        " + ".join(filter(None, (layer.mixer, layer.channel))),
+        _count(block) if new else 0,
         {context: sum(part.flops_per_token(context) for part in parts) for context in contexts},
         {context: sum(part.state_nbytes(context) for part in parts) for context in contexts},
     )

@@ -4,6 +4,7 @@ x = x + mixer(norm(x));   x = x + channel_mixer(norm(x))      per layer (the sec
 logits = head(norm(x))
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -12,13 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bestiary import channel_mixers, mixers
+from bestiary import mixers
 from bestiary import state as states
 from bestiary.errors import UsageError
 from bestiary.mixers import Context
 from bestiary.models import generation
 from bestiary.models.config import ModelConfig
-from bestiary.models.layout import Layer
+from bestiary.models.layout import Layer, build_blocks
 from bestiary.models.loss import linear_cross_entropy
 
 
@@ -38,18 +39,16 @@ class ModelState(NamedTuple):
 
 
 class Block(nn.Module):
-    """One layer: a sequence mixer and perhaps a channel mixer, each behind a norm and beside a residual path."""
+    """One layer: sequence mixing and perhaps a channel mixer, each behind a norm and beside a residual path."""
 
     def __init__(self, layer: Layer, config: ModelConfig, **place: int):
         super().__init__()
         self.norm = _norm(config)
-        self.mixer = mixers.build(layer.mixer, config.d_model, **place, **layer.options)
+        self.mixer = layer.build_mixer(config.d_model, **place)
         if not self.mixer.causal:
             raise UsageError(f"mixer {layer.mixer!r} is bidirectional: a language model wants causal ones")
-        self.channel_norm, self.channel = None, None
-        if layer.channel is not None:
-            self.channel_norm = _norm(config)
-            self.channel = channel_mixers.build(layer.channel, config.d_model, **place, **layer.channel_options)
+        self.channel_norm = None if layer.channel is None else _norm(config)
+        self.channel = layer.build_channel(config.d_model, **place)
 
     def initial_state(self, batch_size: int, **kwargs: Any) -> LayerState:
         """The layer's state before the first step."""
@@ -86,12 +85,11 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        layers = config.layers
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        place = {"n_layers": len(layers), "residuals": sum(1 + (layer.channel is not None) for layer in layers)}
-        self.blocks = nn.ModuleList(Block(layer, config, layer_index=i, **place) for i, layer in enumerate(layers))
+        self.blocks = build_blocks(config.layers, functools.partial(Block, config=config))
         self.norm = _norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.measures: dict[str, list[Tensor]] = {}  # what parts told about themselves in the last call of `loss`
         nn.init.normal_(self.embedding.weight, std=config.embedding_std)
         nn.init.normal_(self.head.weight, std=config.embedding_std)
         if config.tie_embeddings:
@@ -109,8 +107,13 @@ class LanguageModel(nn.Module):
         lengths: Int[Tensor, " batch"] | None = None,
         cu_seqlens: Int[Tensor, " bounds"] | None = None,
         context: Context | None = None,
+        intervals: Float[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time d_model"], ModelState]:
-        """What the head sees: the normed output of the last block. A context is filled in; see bestiary.mixers."""
+        """What the head sees: the normed output of the last block. A context is filled in; see bestiary.mixers.
+
+        Args:
+            intervals: time that passes before each token, in units of a usual step; some mixer must be a timed one.
+        """
         if tokens.device.type == "cpu" and tokens.numel():
             self.check_tokens(int(tokens.min()), int(tokens.max()))
         if state is not None and len(state.layers) != len(self.blocks):
@@ -118,6 +121,11 @@ class LanguageModel(nn.Module):
         x, after = self.embedding(tokens), []
         context = Context() if context is None else context
         context.embeddings = x
+        if intervals is not None:
+            if not any(block.mixer.timed for block in self.blocks):  # type: ignore[union-attr]
+                able = ", ".join(name for name in mixers.names() if mixers.get(name).timed)
+                raise UsageError(f"no mixer of this model follows the time between tokens; these can: {able}")
+            context.intervals = intervals
         for i, block in enumerate(self.blocks):
             before = None if state is None else state.layers[i]
             x, layer = block(x, before, lengths=lengths, cu_seqlens=cu_seqlens, context=context)
@@ -131,9 +139,10 @@ class LanguageModel(nn.Module):
         *,
         lengths: Int[Tensor, " batch"] | None = None,
         cu_seqlens: Int[Tensor, " bounds"] | None = None,
+        intervals: Float[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, "batch time vocab"], ModelState]:
-        """Logits of the next token at every position, and the state to continue with."""
-        hidden, state = self.hidden(tokens, state, lengths=lengths, cu_seqlens=cu_seqlens)
+        """Logits of the next token at every position, and the state to continue with; `intervals` as in `hidden`."""
+        hidden, state = self.hidden(tokens, state, lengths=lengths, cu_seqlens=cu_seqlens, intervals=intervals)
         return self.head(hidden), state
 
     def check_tokens(self, lowest: int, highest: int) -> None:
@@ -159,6 +168,7 @@ class LanguageModel(nn.Module):
         *,
         lengths: Int[Tensor, " batch"] | None = None,
         cu_seqlens: Int[Tensor, " bounds"] | None = None,
+        intervals: Float[Tensor, "batch time"] | None = None,
     ) -> tuple[Float[Tensor, ""], ModelState]:
         """Mean cross-entropy in nats over the targets, and the state.
 
@@ -168,9 +178,11 @@ class LanguageModel(nn.Module):
             mask: (batch, time) booleans or weights of the targets; targets below 0 never count.
         """
         context = Context()
-        hidden, state = self.hidden(tokens, state, lengths=lengths, cu_seqlens=cu_seqlens, context=context)
+        rows: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens, "intervals": intervals}
+        hidden, state = self.hidden(tokens, state, context=context, **rows)
         weights = None if mask is None else mask.flatten().to(torch.promote_types(hidden.dtype, torch.float32))
         loss = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), weights)
+        self.measures = context.measures
         return sum(context.losses, loss), state
 
     def generate(self, tokens: Tensor | list[list[int]], **options: Any) -> Any:
@@ -187,7 +199,7 @@ class LanguageModel(nn.Module):
 
     def mixer_names(self) -> list[str]:
         """The sequence mixers' names, layer by layer."""
-        return [block.mixer.name for block in self.blocks]  # type: ignore[union-attr, misc]
+        return [layer.mixer for layer in self.config.layers]
 
     @torch.no_grad()
     def fingerprint(self) -> str:

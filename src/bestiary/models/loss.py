@@ -20,6 +20,7 @@ def linear_cross_entropy(
     head: Float[Tensor, "vocab d_model"],
     targets: Int[Tensor, " rows"],
     weights: Float[Tensor, " rows"] | None = None,
+    bias: Float[Tensor, " vocab"] | None = None,
 ) -> Float[Tensor, ""]:
     """Weighted mean of the cross-entropy in nats; targets below 0 count for nothing. 0 where nothing counts."""
     if hidden.device.type == "cpu" and (targets < 0).any():  # rows without a target need no logits
@@ -28,15 +29,19 @@ def linear_cross_entropy(
     counted = (targets >= 0).to(torch.promote_types(hidden.dtype, torch.float32))
     weights = counted if weights is None else weights.to(counted.dtype) * counted
     weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
-    return _LinearCrossEntropy.apply(hidden, head, targets, weights)
+    return _LinearCrossEntropy.apply(hidden, head, targets, weights, bias)
 
 
 @torch.no_grad()
 def token_nats(
-    hidden: Float[Tensor, "rows d_model"], head: Float[Tensor, "vocab d_model"], targets: Int[Tensor, " rows"]
+    hidden: Float[Tensor, "rows d_model"],
+    head: Float[Tensor, "vocab d_model"],
+    targets: Int[Tensor, " rows"],
+    bias: Float[Tensor, " vocab"] | None = None,
 ) -> Float[Tensor, " rows"]:
     """Cross-entropy of each target in nats, without a gradient; 0 where the target is below 0."""
-    nats = [_chunk_nats(_logits(h, head), t)[0] for h, t in zip(*(x.split(_rows(head)) for x in (hidden, targets)))]
+    parts = zip(*(x.split(_rows(head)) for x in (hidden, targets)))
+    nats = [_chunk_nats(_logits(h, head, bias), t)[0] for h, t in parts]
     return torch.cat(nats) if nats else hidden.new_zeros(0, dtype=torch.float32)
 
 
@@ -50,10 +55,11 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _logits(hidden: Tensor, head: Tensor) -> Tensor:
+def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
     """Logits in fp32 at least."""
     dtype = _matmul_dtype(hidden)
-    return (hidden.to(dtype) @ head.to(dtype).T).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits = (hidden.to(dtype) @ head.to(dtype).T).to(torch.promote_types(hidden.dtype, torch.float32))
+    return logits if bias is None else logits + bias
 
 
 def _chunk_nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,31 +71,39 @@ def _chunk_nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, bias: Tensor | None
+    ) -> Tensor:
         total = weights.new_zeros(())
-        with_gradient = hidden.requires_grad or head.requires_grad
+        with_gradient = any(x is not None and x.requires_grad for x in (hidden, head, bias))
         d_hidden = torch.empty_like(hidden) if with_gradient else None
         d_head = torch.zeros_like(head, dtype=weights.dtype) if with_gradient else None
+        d_bias = torch.zeros_like(bias, dtype=weights.dtype) if with_gradient and bias is not None else None
         dtype, size = _matmul_dtype(hidden), _rows(head)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], size):
                 rows = slice(start, start + size)
                 h, t, w = hidden[rows], targets[rows], weights[rows]
                 logits = (h.to(dtype) @ head.to(dtype).T).to(weights.dtype)
+                logits = logits if bias is None else logits.add_(bias)
                 nats, normaliser = _chunk_nats(logits, t)
                 total += (nats * w).sum()
                 if d_hidden is None or d_head is None:
                     continue
                 d_logits = logits.sub_(normaliser[:, None]).exp_()
                 d_logits.scatter_add_(1, t.clamp(min=0)[:, None], -torch.ones_like(w)[:, None])
-                d_logits = (d_logits * w[:, None]).to(dtype)
+                d_logits = d_logits * w[:, None]
+                if d_bias is not None:
+                    d_bias += d_logits.sum(0)
+                d_logits = d_logits.to(dtype)
                 d_hidden[rows] = (d_logits @ head.to(dtype)).to(hidden.dtype)
                 d_head += d_logits.T @ h.to(dtype)
         if d_hidden is not None and d_head is not None:
-            ctx.save_for_backward(d_hidden, d_head.to(head.dtype))
+            kept = () if bias is None or d_bias is None else (d_bias.to(bias.dtype),)
+            ctx.save_for_backward(d_hidden, d_head.to(head.dtype), *kept)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        d_hidden, d_head = ctx.saved_tensors
-        return d_hidden * gradients[0].to(d_hidden.dtype), d_head * gradients[0].to(d_head.dtype), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor | None]:
+        d_hidden, d_head, *rest = (saved * gradients[0].to(saved.dtype) for saved in ctx.saved_tensors)
+        return d_hidden, d_head, None, None, rest[0] if rest else None

@@ -1,18 +1,26 @@
 """The recurrences as pure functions; each file gives the equation, its definition, and a fast form."""
 
-from bestiary.ops.attention import KVCache, attention, empty_cache
+from bestiary.ops.attention import KVCache, attention, empty_cache, remember
 from bestiary.ops.delta_rule import delta_rule, dplr
 from bestiary.ops.dispatch import active, full_precision, use
+from bestiary.ops.irregular_ssm import irregular_diagonal_ssm, irregular_dplr_ssm
 from bestiary.ops.linear_attention import linear_attention
 from bestiary.ops.linear_recurrence import linear_recurrence
 from bestiary.ops.log_linear_attention import FenwickState, empty_fenwick, log_linear_attention
-from bestiary.ops.long_convolution import ConvolutionState, empty_past, long_convolution, past_nbytes
+from bestiary.ops.long_convolution import (
+    ConvolutionState,
+    bidirectional_convolution,
+    empty_past,
+    long_convolution,
+    past_nbytes,
+)
+from bestiary.ops.mimo_ssm import impulse_response, mimo_ssm
 from bestiary.ops.mlstm import MLSTMState, empty_mlstm, mlstm
-from bestiary.ops.monarch import monarch
-from bestiary.ops.rotary import positions, rotate
+from bestiary.ops.monarch import block_diagonal, monarch
+from bestiary.ops.rotary import positions, rotate, rotate_pairs, sum_angles
 from bestiary.ops.selective_scan import selective_scan
 from bestiary.ops.short_convolution import short_convolution
-from bestiary.ops.ssm import dense_ssm, diagonal_ssm
+from bestiary.ops.ssm import dense_ssm, diagonal_ssm, real_ssm
 from bestiary.ops.wkv import WKVState, empty_wkv, wkv
 
 __all__ = [
@@ -23,6 +31,8 @@ __all__ = [
     "WKVState",
     "active",
     "attention",
+    "bidirectional_convolution",
+    "block_diagonal",
     "delta_rule",
     "dense_ssm",
     "diagonal_ssm",
@@ -33,17 +43,25 @@ __all__ = [
     "empty_past",
     "empty_wkv",
     "full_precision",
+    "impulse_response",
+    "irregular_diagonal_ssm",
+    "irregular_dplr_ssm",
     "linear_attention",
     "linear_recurrence",
     "log_linear_attention",
     "long_convolution",
+    "mimo_ssm",
     "mlstm",
     "monarch",
     "past_nbytes",
     "positions",
+    "real_ssm",
+    "remember",
     "rotate",
+    "rotate_pairs",
     "selective_scan",
     "short_convolution",
+    "sum_angles",
     "use",
     "wkv",
 ]

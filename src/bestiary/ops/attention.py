@@ -62,20 +62,20 @@ def attention(
     step = torch.arange(time, device=q.device)
     place = state.position[:, None] + step
     if not state.keys.shape[1] or not state.position.any():  # the segment is all there is to see
-        after = _remember(state, k, v, window, lengths)
+        after = remember(state, k, v, window, lengths)
         place = step.expand(batch, time)
         keys, values, slot, before = k, v, place, 0
     else:
         q = q.to(state.keys.dtype)
         if window is None:
-            after = _remember(state, k, v, window, lengths)
+            after = remember(state, k, v, window, lengths)
             used = after.keys.shape[1] if not states.may_write() else int(after.position.max())
             keys, values = after.keys[:, :used], after.values[:, :used]
             slot, before = torch.arange(used, device=q.device).expand(batch, used), None
         else:
             keys = torch.cat([state.keys, k.to(state.keys.dtype)], dim=1)
             values = torch.cat([state.values, v.to(state.values.dtype)], dim=1)
-            after = _remember(state, k, v, window, lengths)
+            after = remember(state, k, v, window, lengths)
             before = window - 1
             slot = state.position[:, None] - before + torch.arange(before + time, device=q.device)
     o = dispatch.choose("attention", time=time)(q, keys, values, slot, place, before, window, scale)
@@ -163,8 +163,8 @@ def _visible(slot: Tensor, place: Tensor, window: int | None) -> Tensor:
     return seen if window is None else seen & (slot > place - window)
 
 
-def _remember(cache: KVCache, k: Tensor, v: Tensor, window: int | None, lengths: Tensor | None) -> KVCache:
-    """The cache after a segment."""
+def remember(cache: KVCache, k: Tensor, v: Tensor, window: int | None = None, lengths: Tensor | None = None) -> KVCache:
+    """The cache after a segment: what `attention` returns beside its output."""
     position = cache.position + (k.shape[1] if lengths is None else lengths)
     if window is not None:
         return KVCache(last_inputs(cache.keys, k, lengths), last_inputs(cache.values, v, lengths), position)

@@ -84,7 +84,8 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, decay: Tensor, write: Tensor, start: Tensor) -> Tensor:
-        decay, write = (x.transpose(0, 1).contiguous() for x in (decay, write))
+        decay, write = decay.transpose(0, 1), write.transpose(0, 1).contiguous()
+        decay = decay if 0 in decay.stride() else decay.contiguous()  # one that is the same at all steps stays small
         h = torch.cat([start[None], write])
         for before, after, decay_t in zip(h.unbind(), h.unbind()[1:], decay.unbind()):
             after.addcmul_(decay_t, before)
@@ -95,7 +96,8 @@ class _Scan(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         decay, h = ctx.saved_tensors
-        decay = decay.conj().resolve_conj()
+        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in decay.stride())
+        decay = decay[once].conj().resolve_conj().expand_as(decay)
         flow = grad.transpose(0, 1).clone(memory_format=torch.contiguous_format)  # becomes the gradient of h_t
         for t in reversed(range(len(decay))):
             flow[t].addcmul_(decay[t], flow[t + 1])

@@ -12,6 +12,10 @@ of s, are convolved with the filter into the next U outputs, so that L tokens co
 
 A window begins with one FFT that convolves all earlier inputs into its outputs; it is as long as the largest power
 of two within the past, so that windows double with the sequence, up to P.
+
+The two-sided convolution of encoders (M2-BERT, arXiv:2310.12109) sees a sequence as a whole and has no state:
+
+    y_t = sum_{j >= 0} k_j x_{t-j} + sum_{j >= 1} r_{j-1} x_{t+j} + D x_t
 """
 
 from typing import NamedTuple
@@ -22,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bestiary import state as states
+from bestiary.errors import UsageError
 from bestiary.ops import dispatch
 
 DIRECT_TILE = 32
@@ -239,3 +244,58 @@ def _tile(x: Tensor, kernel: Tensor) -> Tensor:
 def _grown(x: Tensor, slots: int) -> Tensor:
     """With more slots (or cut, where the rest is void)."""
     return F.pad(x, (0, 0, 0, slots - x.shape[1]))
+
+
+def bidirectional_convolution(
+    x: Float[Tensor, "batch time channels"],
+    k_forward: Float[Tensor, "channels forward_lags"],
+    k_reverse: Float[Tensor, "channels reverse_lags"],
+    skip: Float[Tensor, " channels"] | None = None,
+    *,
+    reverse_start: int = 1,
+) -> Float[Tensor, "batch time channels"]:
+    """Convolve each channel with a filter that reaches both ways; lags beyond its taps weigh nothing.
+
+    Rows that end early must be zero from there on (a projection's bias makes them non-zero): then each is what it would
+    be alone, up to its end.
+
+    Args:
+        k_forward: the filter at lags 0, 1, ...: the present and the past.
+        k_reverse: the filter at lags -reverse_start, -reverse_start - 1, ...: the future.
+        skip: D, weight of the input itself.
+        reverse_start: 1 in M2-BERT and S4, whose two filters share no lag; 0 in safari, which has both at the present.
+    """
+    if reverse_start not in (0, 1):
+        raise UsageError(f"reverse_start must be 0 or 1, the published conventions, not {reverse_start}")
+    dtype = dispatch.wide(x.dtype, k_forward.dtype, k_reverse.dtype)
+    with dispatch.full_precision(x):
+        form = dispatch.choose("bidirectional_convolution", time=x.shape[1])
+        wide = x.to(dtype)
+        y = form(wide, k_forward.to(dtype), k_reverse.to(dtype), reverse_start)
+        return (y if skip is None else torch.addcmul(y, wide, skip.to(dtype))).to(x.dtype)
+
+
+@dispatch.form("bidirectional_convolution", "reference")
+def both_sums(x: Tensor, k_forward: Tensor, k_reverse: Tensor, reverse_start: int) -> Tensor:
+    """The sums over lags as they stand."""
+    time, y = x.shape[1], torch.zeros_like(x)
+    for lag in range(min(time, k_forward.shape[1])):
+        y = y + F.pad(k_forward[:, lag] * x[:, : time - lag], (0, 0, lag, 0))
+    for lag in range(reverse_start, min(time, reverse_start + k_reverse.shape[1])):
+        y = y + F.pad(k_reverse[:, lag - reverse_start] * x[:, lag:], (0, 0, 0, lag))
+    return y
+
+
+@dispatch.form("bidirectional_convolution", "torch")
+def by_one_fft(x: Tensor, k_forward: Tensor, k_reverse: Tensor, reverse_start: int) -> Tensor:
+    """One FFT: negative lags stand at the end of a circle that is long enough for neither side to meet the other."""
+    if not x.numel():  # FFTs refuse an empty batch or sequence
+        return torch.zeros_like(x)
+    time = x.shape[1]
+    ahead, back = k_forward[:, :time], k_reverse[:, : max(0, time - reverse_start)]
+    size = _fast_size(time + max(ahead.shape[1] - 1, back.shape[1] + reverse_start - 1, 0))
+    circle = F.pad(ahead, (0, size - ahead.shape[1]))
+    if back.shape[1]:
+        circle = circle + F.pad(back.flip(1), (size - back.shape[1], 0)).roll(1 - reverse_start, 1)
+    spectrum = torch.fft.rfft(x.mT, n=size) * torch.fft.rfft(circle, n=size)
+    return torch.fft.irfft(spectrum, n=size)[..., :time].mT

@@ -3,10 +3,11 @@
     y = P^T B_2 P B_1 x          P writes the entries (block, place) in the order (place, block)
 
 With b blocks each and inner width m, an (out x in) map costs 2 b (in/b m/b + m/b out/b) FLOPs in place of 2 in out.
+What else is known of them (projection, the DFT, more factors, causal products) is in monarch_tools.py.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Inexact
 from torch import Tensor
 
 from bestiary.errors import UsageError
@@ -14,10 +15,10 @@ from bestiary.ops import dispatch
 
 
 def monarch(
-    x: Float[Tensor, "*batch in_features"],
-    first: Float[Tensor, "blocks inner in_block"],
-    second: Float[Tensor, "inner_blocks out_block inner_block"],
-) -> Float[Tensor, "*batch out_features"]:
+    x: Inexact[Tensor, "*batch in_features"],
+    first: Inexact[Tensor, "blocks inner in_block"],
+    second: Inexact[Tensor, "inner_blocks out_block inner_block"],
+) -> Inexact[Tensor, "*batch out_features"]:
     """Multiply by a Monarch matrix.
 
     Args:
@@ -51,15 +52,25 @@ def by_matrix(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
 @dispatch.form("monarch", "torch")
 def by_blocks(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Two batched products with a transposition between them and after."""
-    inner = torch.einsum("...bi,boi->...bo", x.unflatten(-1, (first.shape[0], -1)), first)
-    shuffled = _permute(inner.flatten(-2), second.shape[0])
-    outer = torch.einsum("...bi,boi->...bo", shuffled.unflatten(-1, (second.shape[0], -1)), second)
-    return outer.mT.flatten(-2)
+    inner = block_diagonal(x, first)
+    outer = block_diagonal(_permute(inner, second.shape[0]), second)
+    return outer.unflatten(-1, (second.shape[0], -1)).mT.flatten(-2)
+
+
+def block_diagonal(
+    x: Inexact[Tensor, "*batch in_features"], blocks: Inexact[Tensor, "blocks out_block in_block"]
+) -> Inexact[Tensor, "*batch out_features"]:
+    """Multiply by a block-diagonal matrix, given its blocks; a single factor mixes nothing across blocks."""
+    if x.shape[-1] != blocks.shape[0] * blocks.shape[2]:
+        raise UsageError(f"x has {x.shape[-1]} entries, the factor takes {blocks.shape[0]} x {blocks.shape[2]}")
+    dtype = torch.promote_types(x.dtype, blocks.dtype)
+    parts = x.to(dtype).unflatten(-1, (blocks.shape[0], -1))
+    return torch.einsum("...bi,boi->...bo", parts, blocks.to(dtype)).flatten(-2)
 
 
 def dense(
-    first: Float[Tensor, "blocks inner in_block"], second: Float[Tensor, "inner_blocks out_block inner_block"]
-) -> Float[Tensor, "out_features in_features"]:
+    first: Inexact[Tensor, "blocks inner in_block"], second: Inexact[Tensor, "inner_blocks out_block inner_block"]
+) -> Inexact[Tensor, "out_features in_features"]:
     """The full matrix of two factors."""
     left, right = torch.block_diag(*second), torch.block_diag(*first)
     order = _permute(torch.arange(right.shape[0], device=first.device), second.shape[0])

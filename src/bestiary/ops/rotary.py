@@ -3,6 +3,8 @@
 (x_i, x_{i+d/2}) <- rotation by position * base^(-2i/d) of that pair         i < d/2
 """
 
+import math
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -27,8 +29,7 @@ def rotate(
     dims = x.shape[-1] if dims is None else dims
     if dims % 2 or not 0 <= dims <= x.shape[-1]:
         raise UsageError(f"dims must be even and at most the head dimension {x.shape[-1]}, not {dims}")
-    # float64: in fp32 an angle of a million radians is off by 0.06
-    exact = torch.float32 if x.device.type == "mps" else torch.float64
+    exact = _exact(x)
     speed = base ** -(torch.arange(0, dims, 2, dtype=exact, device=x.device) / max(dims, 1))
     angle = position[..., None, None].to(exact) * speed
     dtype = dispatch.wide(x.dtype)
@@ -40,3 +41,27 @@ def rotate(
 def positions(start: Int[Tensor, " batch"], time: int) -> Int[Tensor, "batch time"]:
     """The positions of the next `time` steps of rows that have seen `start` steps each."""
     return start[:, None] + torch.arange(time, device=start.device)
+
+
+def sum_angles(
+    start: Float[Tensor, "batch *angles"], turns: Float[Tensor, "batch time *angles"]
+) -> Float[Tensor, "batch time *angles"]:
+    """Angles that add up, modulo 2 pi: start + turns_1 + ... + turns_t, in the dtype of `start`."""
+    total = (turns.to(_exact(turns)) % (2 * math.pi)).cumsum(1)
+    return ((start[:, None] + total) % (2 * math.pi)).to(start.dtype)
+
+
+def rotate_pairs(
+    x: Float[Tensor, "batch time heads head_dim"], angle: Float[Tensor, "batch time heads angles"]
+) -> Float[Tensor, "batch time heads head_dim"]:
+    """Turn neighbouring channels (0, 1), (2, 3), ... by an angle each; channels after those stay as they are."""
+    pairs, rest = x.split([2 * angle.shape[-1], x.shape[-1] - 2 * angle.shape[-1]], dim=-1)
+    first, second = pairs.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1).flatten(-2)
+    return torch.cat([turned, rest], dim=-1)
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    """The dtype of angles before they are reduced: in fp32 one of a million radians would be off by 0.06."""
+    return torch.float32 if x.device.type == "mps" else torch.float64

@@ -13,7 +13,7 @@ state. So a final state costs no more than a convolution, and no (batch, time, c
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Complex, Float, Int
@@ -68,21 +68,71 @@ def s4d_inv(half: int) -> Complex[Tensor, " half"]:
 # -------------------------------------------------------------------------------------------------- discretisation
 
 
-def zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    """Zero-order hold of a diagonal A (inputs are constant during a step): A_bar = exp(dt A), B_bar = (A_bar - 1)/A B.
+def growth(x: Tensor) -> Tensor:
+    """(exp(x) - 1) / x, 1 at 0: what a constant input adds up to in a step; real or complex."""
+    return _Growth.apply(x)
 
-    A, B: (..., N) real or complex; dt: broadcastable to them. A may be 0, where B_bar is dt B.
+
+class _Growth(torch.autograd.Function):
+    """With the derivative in full precision near 0, where (exp(x) - growth(x)) / x cancels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        safe = torch.where(x == 0, 1e-30, x)
+        grown = _expm1(safe) / safe
+        ctx.save_for_backward(x, grown)
+        return grown
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        x, grown = ctx.saved_tensors
+        small = x.abs() < 1 / 8
+        near, series = torch.where(small, x, 0), torch.zeros_like(x)
+        for n in range(9, -1, -1):  # sum of (n + 1) x^n / (n + 2)!
+            series = torch.addcmul(x.new_tensor((n + 1) / math.factorial(n + 2)), series, near)
+        far = (1 + (x - 1) * grown) / torch.where(small, 1, x)  # (exp(x) - grown) / x
+        return grad * torch.where(small, series, far).conj()
+
+
+def _exp(x: Tensor) -> Tensor:
+    return torch.polar(x.real.exp(), x.imag) if x.is_complex() else x.exp()  # several times faster than complex exp
+
+
+def _expm1(x: Tensor) -> Tensor:
+    if not x.is_complex():
+        return torch.expm1(x)
+    grown, half = torch.expm1(x.real), torch.sin(x.imag / 2)
+    return torch.complex(grown - 2 * half**2 * (grown + 1), (grown + 1) * torch.sin(x.imag))
+
+
+def zoh_factors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero-order hold (inputs are constant during a step) as factors of x = dt A: A_bar, and B_bar / (dt B)."""
+    return _exp(x), growth(x)
+
+
+def bilinear_factors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The bilinear (Tustin) rule as factors of x = dt A: A_bar, and B_bar / (dt B)."""
+    scale = 1 / (1 - x / 2)
+    return scale * (1 + x / 2), scale
+
+
+RULES = {"zoh": zoh_factors, "bilinear": bilinear_factors}
+"""Discretisations of a diagonal A, by name."""
+
+
+def zoh(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
+    """Zero-order hold of a diagonal A: A_bar = exp(dt A), B_bar = (A_bar - 1) / A B, which is dt B where A = 0.
+
+    A, B: (..., N) real or complex; dt: broadcastable to them.
     """
-    x = dt * A
-    zero = x == 0
-    ratio = torch.where(zero, 1, torch.expm1(torch.where(zero, 1, x)) / torch.where(zero, 1, x))
-    return x.exp(), dt * ratio * B
+    A_bar, gain = zoh_factors(dt * A)
+    return A_bar, dt * gain * B
 
 
 def bilinear(A: Tensor, B: Tensor, dt: Tensor) -> tuple[Tensor, Tensor]:
-    """Bilinear (Tustin) rule of a diagonal A: A_bar = (1 + dt A/2) / (1 - dt A/2), B_bar = dt B / (1 - dt A/2)."""
-    scale = 1 / (1 - dt * A / 2)
-    return scale * (1 + dt * A / 2), scale * dt * B
+    """Bilinear rule of a diagonal A: A_bar = (1 + dt A/2) / (1 - dt A/2), B_bar = dt B / (1 - dt A/2)."""
+    A_bar, gain = bilinear_factors(dt * A)
+    return A_bar, gain * dt * B
 
 
 def bilinear_dense(
@@ -244,6 +294,51 @@ def diagonal_chunked(
     return y, after.unflatten(-1, (-1, 2))
 
 
+def real_ssm(
+    u: Float[Tensor, "batch time channels"],
+    A_bar: Float[Tensor, "channels n"],
+    B_bar: Float[Tensor, "channels n"],
+    C: Float[Tensor, "channels n"],
+    D: Float[Tensor, " channels"] | None = None,
+    *,
+    state: Float[Tensor, "batch channels n"] | None = None,
+    lengths: Int[Tensor, " batch"] | None = None,
+) -> tuple[Float[Tensor, "batch time channels"], Float[Tensor, "batch channels n"]]:
+    """h_t = A_bar h_{t-1} + B_bar u_t, y_t = C . h_t + D u_t with real eigenvalues (decays); returns (y, state).
+
+    Args and state as in `diagonal_ssm`, the state being real; no conjugates, so no factor 2.
+    """
+    return _real("real_ssm", u, A_bar, B_bar, C, D, state, lengths)
+
+
+@dispatch.form("real_ssm", "reference")
+def real_recurrent(
+    u: Tensor, A_bar: Tensor, B_bar: Tensor, C: Tensor, state: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Step through time, as the equation reads."""
+
+    def step(h: Tensor, u_t: Tensor) -> tuple[Tensor, Tensor]:
+        h = A_bar * h + B_bar * u_t[..., None]
+        return h, (C * h).sum(-1)
+
+    return _stepwise(step, u, state, lengths)
+
+
+@dispatch.form("real_ssm", "torch")
+def real_chunked(
+    u: Tensor, A_bar: Tensor, B_bar: Tensor, C: Tensor, state: Tensor, lengths: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Toeplitz products within chunks, the recurrence between them."""
+    lag = powers(A_bar, _chunk_size(u.shape[1]) + 1)  # (channels, n, lags)
+
+    def advance(h: Tensor, steps: int) -> Tensor:
+        return h * lag[..., steps]
+
+    kernel = ((C * B_bar)[:, None] @ lag[..., :-1])[:, 0]
+    reads, writes = C[..., None] * lag[..., 1:], B_bar[..., None] * lag[..., :-1].flip(-1)
+    return _chunkwise(u, _Chunked(kernel, reads, writes, advance), state, lengths)
+
+
 def dense_ssm(
     u: Float[Tensor, "batch time channels"],
     A_bar: Float[Tensor, "channels n n"],
@@ -258,12 +353,26 @@ def dense_ssm(
 
     Args and state as in `diagonal_ssm`, the state being real.
     """
+    return _real("dense_ssm", u, A_bar, B_bar, C, D, state, lengths)
+
+
+def _real(
+    op: str,
+    u: Tensor,
+    A_bar: Tensor,
+    B_bar: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What the ops of real systems share: the initial state, the dtype, the skip."""
     if state is None:
         dtype = dispatch.wide(u.dtype, A_bar.dtype)
         state = torch.zeros(u.shape[0], *B_bar.shape, dtype=dtype, device=u.device)
     with dispatch.full_precision(u):
         wide, to = u.to(state.dtype), state.dtype
-        form = dispatch.choose("dense_ssm", time=u.shape[1])
+        form = dispatch.choose(op, time=u.shape[1])
         y, state = form(wide, A_bar.to(to), B_bar.to(to), C.to(to), state, lengths)
         return (y if D is None else y + D.to(to) * wide).to(u.dtype), state
 

@@ -166,8 +166,7 @@ def _method(results: Results) -> str:
         took = f", {format.duration(results.seconds)} in all" if results.seconds else ""
         sentences = [
             f"{study['steps']} steps of {study['batch_size']} rows of {study['sequence_length']} {study['tokenizer']}; "
-            f"seeds {', '.join(map(str, study['seeds']))}. Each learning rate was tried for {study['trial_steps']} "
-            "steps, and the run goes on from the best one's beginning.",
+            f"seeds {', '.join(map(str, study['seeds']))}. {_trials(study['trial_steps'])}",
             _corpus(corpus),
             f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['platform']}"
             + (f", {machine['gpu']}" if machine.get("gpu") else "")
@@ -182,6 +181,12 @@ def _method(results: Results) -> str:
             f"<pre>{escape(json.dumps(study['config'], indent=2))}</pre></details>"
         )
     return "\n".join(filter(None, parts))
+
+
+def _trials(lengths: list[int]) -> str:
+    first, *others = lengths
+    on = "".join(f", the better ones for {steps}" for steps in others)
+    return f"Each learning rate was tried for {first} steps{on}, and the run goes on from the best one's beginning."
 
 
 def _corpus(corpus: dict) -> str:

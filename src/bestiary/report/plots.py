@@ -127,9 +127,9 @@ def _loss(results: Results, axes: Axes) -> None:
             late = [y for _, y in run.curve[len(run.curve) // 10 :]]
             lowest.append(min(late, default=0.0))
             highest.append(max(late, default=1.0))
-    for floor in results.floors:
+    for i, floor in enumerate(sorted(results.floors, key=lambda floor: floor.bpb)):
         axes.axhline(floor.bpb, color=matplotlib.rcParams["text.color"], linewidth=0.8, linestyle=(0, (1, 2)))
-        _level_label(axes, floor.name, floor.bpb)
+        _level_label(axes, floor.name, floor.bpb, below=i == 0 and len(results.floors) > 1)
         lowest.append(floor.bpb)
         highest.append(floor.bpb)
     low, high = min(lowest), max(highest)
@@ -178,9 +178,10 @@ def _decode(results: Results, axes: Axes) -> None:
     axes.set(title="Time to write a token", xlabel="tokens of context", ylabel=label)
 
 
-def _level_label(axes: Axes, text: str, y: float) -> None:
-    """Names a horizontal line at its right end."""
-    axes.annotate(text, (1, y), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+def _level_label(axes: Axes, text: str, y: float, *, below: bool = False) -> None:
+    """Names a horizontal line at its right end, above it or below."""
+    side = "top" if below else "bottom"
+    axes.annotate(text, (1, y), xycoords=("axes fraction", "data"), ha="right", va=side, fontsize=8)
 
 
 def _by_context(results: Results, axes: Axes) -> None:
@@ -206,7 +207,7 @@ PLOTS = (
         "state",
         "What a sequence keeps in memory after so many tokens.",
         _state,
-        lambda results: bool(results.contexts),
+        lambda results: any(results.state_bytes(arch, c) for arch in results.archs for c in results.contexts),
     ),
     Plot(
         "decode",

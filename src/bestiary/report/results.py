@@ -38,6 +38,7 @@ class Trial:
     of: str
     arch: str
     lr: float
+    steps: int
     loss: float | None
     diverged: bool
 
@@ -183,7 +184,7 @@ def read(folder: Path) -> Results:
             continue
         try:
             record = json.loads(line)
-            key = tuple(record.get(name) for name in ("kind", "of", "arch", "seed", "lr", "context", "name"))
+            key = tuple(record.get(name) for name in ("kind", "of", "arch", "seed", "lr", "context", "name", "steps"))
             latest[_identity(record["kind"], key)] = (number, record)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UsageError(f"{path}, line {number}: this is no line of results") from None
@@ -199,8 +200,9 @@ def read(folder: Path) -> Results:
 
 
 def _identity(kind: str, key: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A run and a recall probe are one a seed, whatever their learning rate; the rest as the keys say."""
-    return key[:4] if kind in ("run", "recall") else key
+    """A run and a recall probe are one a seed, whatever their learning rate; a trial one a length; the rest as the keys
+    say."""
+    return key[:4] if kind in ("run", "recall") else key if kind == "trial" else key[:-1]
 
 
 def _with(results: Results, record: Record) -> Results:
@@ -221,7 +223,7 @@ def _with(results: Results, record: Record) -> Results:
     elif kind == "trial":
         diverged = bool(record.get("diverged"))
         results.trials.append(
-            Trial(record.get("of", "text"), arch, record["lr"], _number(record.get("loss")), diverged)
+            Trial(record.get("of", "text"), arch, record["lr"], record["steps"], _number(record.get("loss")), diverged)
         )
     elif kind == "run":
         results.runs.setdefault(arch, []).append(

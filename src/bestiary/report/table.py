@@ -104,21 +104,21 @@ def _note(results: Results) -> str:
 
 
 def rates(results: Results) -> Table:
-    """The learning rates that were tried, the chosen one marked."""
+    """The learning rates that were tried, the loss at the end of each trial, the chosen one marked."""
     tried = sorted({trial.lr for trial in results.trials if trial.of == "text"})
     rows = []
     for arch in results.archs:
         chosen = {run.lr for run in results.runs.get(arch, [])}
-        losses = {trial.lr: trial for trial in results.trials if trial.of == "text" and trial.arch == arch}
+        trials = [trial for trial in results.trials if trial.of == "text" and trial.arch == arch]
         cells = []
         for lr in tried:
-            trial = losses.get(lr)
-            text = format.MISSING if trial is None else "diverged" if trial.diverged else format.bits(trial.loss)
-            cells.append(text + (" ✓" if lr in chosen and trial else ""))
-        if losses:
+            found = sorted((trial for trial in trials if trial.lr == lr), key=lambda trial: trial.steps)
+            losses = ["diverged" if trial.diverged else format.bits(trial.loss) for trial in found]
+            cells.append((", ".join(losses) or format.MISSING) + (" ✓" if lr in chosen and found else ""))
+        if trials:
             rows.append((arch, *cells))
     columns = ("model", *(f"{lr:g}" for lr in tried))
-    return Table("Learning rates: loss of a short trial, nats a token (✓ taken)", columns, rows)
+    return Table("Learning rates: loss after each trial, nats a token (✓ taken)", columns, rows)
 
 
 def models(results: Results) -> Table:

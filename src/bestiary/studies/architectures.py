@@ -1,10 +1,11 @@
 """The architectures that `compare` takes when it is not told otherwise, as layouts of about four Transformer layers."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from bestiary import mixers
 from bestiary.errors import UsageError, unknown
-from bestiary.models.layout import parse
+from bestiary.models.layout import Layer, parse, spell
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Architecture:
 
     @property
     def attends(self) -> bool:
-        return any(layer.mixer == "attention" and not layer.options.get("window") for layer in parse(self.layout))
+        parts = [part for layer in parse(self.layout) for part in layer.parts]
+        return any(mixers.get(part.mixer).attends and not part.options.get("window") for part in parts)
 
 
 KNOWN = {
@@ -82,13 +84,19 @@ def recall_layout(layout: str) -> str:
     So it is done in Zoology: all mixers get the convolution that compares neighbours, and differ in what they remember.
     Windows of attention shrink to RECALL_WINDOW: one as long as the probe's sequences would be full attention.
     """
-    parts = dict.fromkeys(_bare(layer.mixer, layer.options) for layer in parse(layout) if layer.mixer != "based_conv")
-    return " ".join(["based_conv{channel=none}", *parts])
+    bare = [_bare(layer) for layer in parse(layout) if layer.mixer != "based_conv"]
+    different = [layer for i, layer in enumerate(bare) if layer not in bare[:i]]
+    return spell([_bare(parse("based_conv")[0]), *different])
 
 
-def _bare(mixer: str, options: dict[str, object]) -> str:
+def _bare(layer: Layer) -> Layer:
+    """The layer without its channel mixer, its windows cut."""
+    parts = tuple(replace(part, options=_cut(part.options)) for part in layer.parts)
+    return Layer(parts, join=layer.join)
+
+
+def _cut(options: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in options.items() if key != "expand"}  # `expand` only fitted the size
     if window := kept.get("window"):
-        kept["window"] = min(int(str(window)), RECALL_WINDOW)
-    text = ", ".join(f"{key}={str(value).lower()}" for key, value in kept.items())
-    return f"{mixer}{{{text + ', ' if text else ''}channel=none}}"
+        kept["window"] = min(int(window), RECALL_WINDOW)
+    return kept

@@ -39,10 +39,12 @@ TRAINING_SHARE = 0.75
 """Of the minutes left: text and recall training and the trials; the rest measures speed and writes."""
 RECALL_SHARE = 0.3
 """Of the training time: the recall probes, at most."""
-TRIAL_SHARE = 0.12
-"""Of a run: its beginning, tried with every learning rate; the best one goes on from there."""
+TRIAL_SHARES = (0.12, 0.35)
+"""Of a run: its beginning, tried with every learning rate; the better ones go on to the second, the best from there."""
 RECALL_TRIAL_SHARE = 0.3
 """Of a recall probe: the length of its trials."""
+SPEED_SHARE = 0.05
+"""Of the minutes: what measuring speed at one context length may take; beyond that it is computed."""
 MOST_RECALL_STEPS = 1000
 LEAST_STEPS = 20
 SAMPLE_TEMPERATURE = 0.8
@@ -109,7 +111,7 @@ class Plan:
     """What the minutes were found to allow; fixed at the first start, so that resuming changes nothing."""
 
     steps: int
-    trial_steps: int
+    trial_steps: tuple[int, ...]
     recall_steps: int
     recall_trial_steps: int
 
@@ -224,22 +226,22 @@ class _Study:
         """Steps that fit the minutes, from the seconds that a step of each takes."""
         path = self.folder / "plan.json"
         if path.exists():
-            return Plan(**json.loads(path.read_text(encoding="utf-8")))
+            known = json.loads(path.read_text(encoding="utf-8"))
+            return Plan(**(known | {"trial_steps": tuple(known["trial_steps"])}))
         config = self.config
         seconds = max(5.0, 60 * config.minutes - OVERHEAD) * TRAINING_SHARE * self.workers
         text, recall = (sum(value for (kind, _), value in timings.items() if kind == of) for of in ("text", "recall"))
         recall_runs = config.n_seeds + RECALL_TRIAL_SHARE * len(jobs.RECALL_RATES)
         recall_steps = min(MOST_RECALL_STEPS, int(RECALL_SHARE * seconds / (recall * recall_runs)))
         left = seconds - recall_steps * recall_runs * recall
-        runs = config.n_seeds + TRIAL_SHARE * (len(config.learning_rates) - 1)
+        runs = config.n_seeds + jobs.trial_share(len(config.learning_rates), TRIAL_SHARES)
         if config.tokens is None:
             steps = int(left / (text * runs))
         else:
             steps = math.ceil(config.tokens / (self.batches.batch_size * self.batches.time))
         steps, recall_steps = max(LEAST_STEPS, steps), max(LEAST_STEPS, recall_steps)
-        plan = Plan(
-            steps, max(2, round(TRIAL_SHARE * steps)), recall_steps, max(2, round(RECALL_TRIAL_SHARE * recall_steps))
-        )
+        rungs = tuple(max(2 + i, round(share * steps)) for i, share in enumerate(TRIAL_SHARES))
+        plan = Plan(steps, rungs, recall_steps, max(2, round(RECALL_TRIAL_SHARE * recall_steps)))
         write_whole(path, json.dumps(dataclasses.asdict(plan), indent=2))
         return plan
 
@@ -324,7 +326,7 @@ class _Study:
             rates = self.config.learning_rates
             tracks.append(jobs.Track(text, rates, plan.trial_steps, seeds, timings["text", name]))
             seconds = timings["recall", name]
-            tracks.append(jobs.Track(recall, jobs.RECALL_RATES, plan.recall_trial_steps, seeds, seconds))
+            tracks.append(jobs.Track(recall, jobs.RECALL_RATES, (plan.recall_trial_steps,), seeds, seconds))
         jobs.Schedule(self.records, tracks, self.recall.chance).run(self._pool(), self.progress.advance)
 
     def _floors(self, plan: Plan) -> None:
@@ -355,7 +357,7 @@ class _Study:
             for record in speed.costs(
                 models,
                 CONTEXTS,
-                longest=2048 if self.config.minutes < 10 else 8192,
+                allowance=SPEED_SHARE * 60 * self.config.minutes,
                 on_progress=lambda context: self.progress.phase(f"reading and writing speed at context {context}"),
             ):
                 self.records.add(kind="cost", **record)

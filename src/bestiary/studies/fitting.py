@@ -65,16 +65,27 @@ def _widths(layout: str, parameters: int, vocab_size: int) -> list[int]:
 def _knobs(config: ModelConfig) -> list[Knob]:
     knobs = []
     for i, layer in enumerate(config.layers):
-        if layer.channel is not None:
-            known, name, given, option = channel_mixers.registry, layer.channel, layer.channel_options, "d_hidden"
-        else:
-            known, name, given, option = mixers.registry, layer.mixer, layer.options, "expand"
-        if option not in known.options(name) or option in given:
+        if layer.share is not None:  # layers that share weights would have to turn together
+            continue
+        option = "expand" if layer.channel is None else "d_hidden"
+        if option == "expand" and _expanding(layer) is None:
+            continue
+        if option == "d_hidden" and (
+            option in layer.channel_options or option not in channel_mixers.options(str(layer.channel))
+        ):
             continue
         knob = _knob(config, i, option)
         if knob is not None:
             knobs.append(knob)
     return knobs
+
+
+def _expanding(layer: Layer) -> int | None:
+    """The first part of a layer whose `expand` may be set."""
+    for i, part in enumerate(layer.parts):
+        if "expand" in mixers.options(part.mixer) and "expand" not in part.options:
+            return i
+    return None
 
 
 def _knob(config: ModelConfig, index: int, option: str) -> Knob | None:
@@ -98,7 +109,7 @@ def _knob(config: ModelConfig, index: int, option: str) -> Knob | None:
 
 def _inner_width(config: ModelConfig, layer: Layer, option: str) -> int:
     if option == "expand":
-        return round(mixers.options(layer.mixer)["expand"] * config.d_model)
+        return round(mixers.options(layer.parts[_expanding(layer) or 0].mixer)["expand"] * config.d_model)
     part = channel_mixers.build(str(layer.channel), config.d_model, **layer.channel_options)
     return part.d_hidden
 
@@ -108,7 +119,9 @@ def _set(layer: Layer, option: str, width: int, d_model: int) -> Layer:
         expand = width / d_model
         if int(expand * d_model) < width:  # mixers cut what rounding left below a whole number
             expand = math.nextafter(expand, math.inf)
-        return replace(layer, options=layer.options | {"expand": expand})
+        parts, place = list(layer.parts), _expanding(layer) or 0
+        parts[place] = replace(parts[place], options=parts[place].options | {"expand": expand})
+        return replace(layer, parts=tuple(parts))
     return replace(layer, channel_options=layer.channel_options | {"d_hidden": width})
 
 

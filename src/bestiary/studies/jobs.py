@@ -3,7 +3,7 @@
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -226,21 +226,24 @@ class Track:
     Args:
         job: what all its jobs have in common.
         rates: learning rates to try.
-        trial_steps: length of a trial; a text trial is the beginning of a run, which goes on from it.
+        rungs: lengths of the trials in steps, rising: all rates go to the first, the better half on to the next (two at
+            least), and the best of the last one is taken. A text trial is the beginning of a run, which goes on there.
         seeds: runs.
         seconds_per_step: measured.
     """
 
     job: Job
     rates: tuple[float, ...]
-    trial_steps: int
+    rungs: tuple[int, ...]
     seeds: int
     seconds_per_step: float
 
-    def trials(self) -> list[Job]:
+    def __post_init__(self) -> None:
         if len(self.rates) == 1:
-            return []
-        return [replace(self.job, lr=lr, until=self.trial_steps, folder=self.folder(lr, 0)) for lr in self.rates]
+            self.rungs = ()
+
+    def trial(self, lr: float, steps: int) -> Job:
+        return replace(self.job, lr=lr, until=steps, folder=self.folder(lr, 0))
 
     def runs(self, lr: float) -> list[Job]:
         return [replace(self.job, lr=lr, seed=seed, folder=self.folder(lr, seed)) for seed in range(self.seeds)]
@@ -249,13 +252,36 @@ class Track:
         return f"{self.job.folder}/seed{seed}-lr{lr:g}"
 
     def cost(self, job: Job) -> float:
-        """Seconds that a job will take; a text run of seed 0 begins where its trial ended."""
-        done = self.trial_steps if job.kind == "text" and job.seed == 0 and job.until > self.trial_steps else 0
+        """Seconds that a job will take; a text job of seed 0 begins where its last trial ended."""
+        earlier = [steps for steps in self.rungs if steps < job.until]
+        done = earlier[-1] if earlier and job.kind == "text" and job.seed == 0 else 0
         return (job.until - done) * self.seconds_per_step
 
     def total(self) -> float:
-        trials = sum(self.cost(job) for job in self.trials())
-        return trials + sum(self.cost(job) for job in self.runs(self.rates[0]))
+        """Seconds that all of it will take."""
+        left, seconds = len(self.rates), 0.0
+        for steps in self.rungs:
+            seconds += left * self.cost(self.trial(self.rates[0], steps))
+            left = halved(left)
+        return seconds + sum(self.cost(job) for job in self.runs(self.rates[0]))
+
+
+def halved(rates: int) -> int:
+    """How many of so many rates go on to the next rung."""
+    return min(rates, max(2, math.ceil(rates / 2)))
+
+
+def trial_share(rates: int, shares: tuple[float, ...]) -> float:
+    """What the trials cost beside one run of the best rate, in runs, if rung i is `shares[i]` of a run long."""
+    cost, before, left = 0.0, 0.0, rates
+    for share in shares if rates > 1 else ():
+        cost += (left - 1) * (share - before)
+        before, left = share, halved(left)
+    return cost
+
+
+def _identity(job: Job) -> tuple[Any, ...]:
+    return job.kind, job.arch, job.lr, job.seed, job.until
 
 
 class Schedule:
@@ -265,17 +291,13 @@ class Schedule:
         self.records, self.chance = records, chance
         self.tracks = {(track.job.kind, track.job.arch): track for track in tracks}
         self.done, self.total = 0.0, sum(track.total() for track in tracks)
+        self.queued: set[tuple[Any, ...]] = set()
 
     def run(self, pool: Pool, on_progress: Callable[[float, float], None]) -> None:
         """Do what is left to do."""
         # the longest track first, so that no worker is left with it alone at the end
         for track in sorted(self.tracks.values(), key=Track.total, reverse=True):
-            left = [job for job in track.trials() if not self._trial(track, job.lr)]
-            self.done += sum(track.cost(job) for job in track.trials() if self._trial(track, job.lr))
-            for job in left:
-                pool.add(job)
-            if not left:
-                self._begin_runs(track, pool)
+            self._advance(track, pool)
         start, before = time.perf_counter(), self.done
 
         def tick() -> None:
@@ -287,14 +309,40 @@ class Schedule:
             self.done += track.cost(job)
             if job.until < job.steps:
                 self._add_trial(job, found)
-                if all(self._trial(track, lr) for lr in track.rates):
-                    self._begin_runs(track, pool)
+                self._advance(track, pool)
             else:
                 self._add_run(job, found)
         on_progress(self.total, self.total)
 
-    def _trial(self, track: Track, lr: float) -> list[dict[str, Any]]:
-        return self.records.find(kind="trial", of=track.job.kind, arch=track.job.arch, lr=lr)
+    def _advance(self, track: Track, pool: Pool) -> None:
+        """Queue what a track can do next: the trials of its rung, or, once the last one is decided, its runs."""
+        rates = list(track.rates)
+        for steps in track.rungs:
+            trials = {lr: self._trial(track, lr, steps) for lr in rates}
+            for lr in [lr for lr in rates if trials[lr] is None]:
+                self._queue(track.trial(lr, steps), pool)
+            found = [trial for trial in trials.values() if trial is not None]
+            if len(found) < len(rates):
+                return
+            self._note_done(track.trial(lr, steps) for lr in rates)
+            rates = [float(trial["lr"]) for trial in self._ranked(found)][: halved(len(rates))]
+        self._begin_runs(track, rates[0], pool)
+
+    def _queue(self, job: Job, pool: Pool) -> None:
+        if _identity(job) not in self.queued:
+            self.queued.add(_identity(job))
+            pool.add(job)
+
+    def _note_done(self, jobs: Iterable[Job]) -> None:
+        """Count what an earlier start has done, once."""
+        for job in jobs:
+            if _identity(job) not in self.queued:
+                self.queued.add(_identity(job))
+                self.done += self.tracks[job.kind, job.arch].cost(job)
+
+    def _trial(self, track: Track, lr: float, steps: int) -> dict[str, Any] | None:
+        found = self.records.find(kind="trial", of=track.job.kind, arch=track.job.arch, lr=lr, steps=steps)
+        return found[0] if found else None
 
     def _add_trial(self, job: Job, found: dict[str, Any]) -> None:
         self.records.add(
@@ -308,29 +356,27 @@ class Schedule:
             diverged=found["diverged"],
         )
 
-    def _begin_runs(self, track: Track, pool: Pool) -> None:
-        lr = self._best(track)
+    def _begin_runs(self, track: Track, lr: float, pool: Pool) -> None:
         kind = "run" if track.job.kind == "text" else "recall"
         for job in track.runs(lr):
             if self.records.has(kind=kind, arch=job.arch, seed=job.seed):
-                self.done += track.cost(job)
+                self._note_done([job])
             else:
-                pool.add(job)
+                self._queue(job, pool)
         if track.job.kind == "text":
             for other in track.rates:
                 if other != lr:
                     shutil.rmtree(track.folder(other, 0), ignore_errors=True)
 
-    def _best(self, track: Track) -> float:
-        """The rate whose trial ended with the lowest loss; of recall probes, the highest accuracy if any learnt."""
-        if len(track.rates) == 1:
-            return track.rates[0]
-        trials = [self._trial(track, lr)[0] for lr in track.rates]
-        sound = [trial for trial in trials if not trial["diverged"]] or trials[:1]
-        learnt = [trial for trial in sound if (trial["accuracy"] or 0) > 1.5 * self.chance]
-        if learnt:
-            return float(max(learnt, key=lambda trial: trial["accuracy"])["lr"])
-        return float(min(sound, key=lambda trial: math.inf if trial["loss"] is None else trial["loss"])["lr"])
+    def _ranked(self, trials: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The best first: by the lowest loss at the end; of recall probes, the highest accuracy if any learnt."""
+
+        def rank(trial: dict[str, Any]) -> tuple[bool, float, float]:
+            accuracy = trial["accuracy"] or 0.0
+            learnt = accuracy if accuracy > 1.5 * self.chance else 0.0
+            return bool(trial["diverged"]), -learnt, math.inf if trial["loss"] is None else trial["loss"]
+
+        return sorted(trials, key=rank)
 
     def _add_run(self, job: Job, found: dict[str, Any]) -> None:
         kind = "run" if job.kind == "text" else "recall"

@@ -1,7 +1,7 @@
 """How fast models are here: each measurement goes round all of them in turn, so that noise hits all alike.
 
-Prefill and decoding are measured at short contexts and computed at long ones, where reading a context would take longer
-than the study may: the time of a step is fitted as a + b * context (no cost of these models grows faster per token),
+Prefill and decoding are measured as far as time allows, and computed at longer contexts: the time of reading a token
+grows as its FLOPs do; that of writing one is fitted as a + b * context (no cost of these models grows faster), with
 b = 0 where the state has stopped growing.
 """
 
@@ -16,6 +16,8 @@ import torch
 
 from bestiary import state as states
 from bestiary.models import LanguageModel
+from bestiary.models.costs import costs as costs_of
+from bestiary.models.costs import total
 
 Spread = dict[str, float]
 
@@ -72,23 +74,29 @@ def costs(
     models: dict[str, LanguageModel],
     contexts: Sequence[int],
     *,
-    longest: int,
+    allowance: float,
     rounds: int = 5,
     decode_steps: int = 16,
     on_progress: Callable[[int], None] = lambda context: None,
 ) -> list[dict[str, Any]]:
-    """Prefill and decode speed of all models at each context; beyond `longest` they are computed, and marked so.
+    """Prefill and decode speed of all models at each context, shortest first.
+
+    A context that would take all models together more than `allowance` seconds gets fewer repeats, and is computed
+    where even one would take longer; the shortest is always measured.
 
     Returns one record a model and context: arch, context, how ("measured", "few steps" where fewer than `rounds`
     repeats were made, "computed"), prefill_tokens_per_second, decode_tokens_per_second, state_bytes.
     """
     records: list[dict[str, Any]] = []
     seconds: dict[str, dict[str, dict[int, float]]] = {name: {"prefill": {}, "decode": {}} for name in models}
-    for context in contexts:
+    for context in sorted(contexts):
         on_progress(context)
         measured = {}
-        if context <= longest:
-            repeats = rounds if context <= 2048 else 2
+        repeats = rounds
+        if records:
+            once = sum(_predict(models[name], seconds[name], context, decode_steps) for name in models)
+            repeats = affordable(rounds, once, allowance)
+        if repeats:
             readers = {name: Reader(model, context, decode_steps=decode_steps) for name, model in models.items()}
             prefill = interleaved({name: reader.prefill for name, reader in readers.items()}, repeats)
             decode = interleaved({name: reader.decode for name, reader in readers.items()}, repeats)
@@ -98,14 +106,12 @@ def costs(
                 seconds[name]["decode"][context] = 1 / measured[name][1]["median"]
         for name, model in models.items():
             state_bytes = sum(part.state_nbytes(context) for part in _parts(model))
-            how = "computed" if name not in measured else "measured" if context <= 2048 else "few steps"
+            how = "computed" if not repeats else "measured" if repeats == rounds else "few steps"
             if name in measured:
                 read, write = measured[name]
             else:
-                grows = {c: sum(part.state_nbytes(c) for part in _parts(model)) for c in (longest, context)}
-                constant = grows[longest] == grows[context]
-                read = {"median": 1 / extrapolate(seconds[name]["prefill"], context, constant)}
-                write = {"median": 1 / extrapolate(seconds[name]["decode"], context, constant)}
+                read = {"median": 1 / reading(model, seconds[name]["prefill"], context)}
+                write = {"median": 1 / writing(model, seconds[name]["decode"], context)}
             records.append(
                 {
                     "arch": name,
@@ -119,6 +125,25 @@ def costs(
     return records
 
 
+def affordable(rounds: int, once: float, allowance: float) -> int:
+    """How many of some rounds fit, if one takes `once` seconds."""
+    return rounds if once * rounds <= allowance else int(allowance / once)
+
+
+def reading(model: LanguageModel, seconds: dict[int, float], context: int) -> float:
+    """Seconds of reading a token at a longer context: from the longest measured one, as the FLOPs grow."""
+    last = max(seconds)
+    flops = {c: total(costs_of(model, (c,))).flops[c] for c in (last, context)}
+    return seconds[last] * flops[context] / flops[last]
+
+
+def writing(model: LanguageModel, seconds: dict[int, float], context: int) -> float:
+    """Seconds of writing a token at a longer context: the last measured where no state grows, else on a line."""
+    last = max(seconds)
+    grows = {c: sum(part.state_nbytes(c) for part in _parts(model)) for c in (last, context)}
+    return extrapolate(seconds, context, grows[last] == grows[context])
+
+
 def extrapolate(seconds: dict[int, float], context: int, constant: bool) -> float:
     """Seconds a token at a longer context: the last measured where nothing grows, else a line through the last two."""
     *before, last = sorted(seconds)
@@ -126,6 +151,12 @@ def extrapolate(seconds: dict[int, float], context: int, constant: bool) -> floa
         return seconds[last]
     slope = max(0.0, (seconds[last] - seconds[before[-1]]) / (last - before[-1]))
     return seconds[last] + slope * (context - last)
+
+
+def _predict(model: LanguageModel, seconds: dict[str, dict[int, float]], context: int, decode_steps: int) -> float:
+    """Seconds that one measurement at a longer context will take."""
+    read = context * reading(model, seconds["prefill"], context)
+    return read + (decode_steps + 1) * writing(model, seconds["decode"], context)
 
 
 def _parts(model: LanguageModel) -> list[Any]:

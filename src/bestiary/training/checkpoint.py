@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from bestiary.data.files import whole_folder
 from bestiary.errors import BestiaryError
 from bestiary.hub import native
-from bestiary.models import LanguageModel
 from bestiary.training.config import TrainConfig
 
 OPTIMIZER, TRAINING = "optimizer.safetensors", "training.json"
@@ -29,7 +28,7 @@ KEPT = 2
 
 def save_checkpoint(
     folder: Path,
-    model: LanguageModel,
+    model: Any,
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
@@ -57,7 +56,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]))
 
 
-def restore(path: Path, model: LanguageModel, optimizer: torch.optim.Optimizer, config: TrainConfig) -> dict[str, Any]:
+def restore(path: Path, model: Any, optimizer: torch.optim.Optimizer, config: TrainConfig) -> dict[str, Any]:
     """Put a checkpoint back into a model and an optimiser; returns the progress it recorded.
 
     Raises:

@@ -19,7 +19,7 @@ from torch import Tensor, distributed, nn
 
 from bestiary.data.files import write_whole
 from bestiary.errors import BestiaryError, UsageError
-from bestiary.models import LanguageModel
+from bestiary.hub import native
 from bestiary.training.checkpoint import checkpoints, restore, save_checkpoint
 from bestiary.training.config import TrainConfig, lr_at
 from bestiary.training.log import Log
@@ -30,8 +30,12 @@ from bestiary.training.optimizer import build_optimizer, set_lr
 class GlobalBatches(Protocol):
     """Where batches come from: a pure function of the step."""
 
-    def global_batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """(inputs, targets), (batch, time) int64 each; targets below 0 do not count."""
+    def global_batch(self, step: int) -> tuple[Any, ...]:
+        """(inputs, targets), and perhaps a dictionary of further tensors, which the model's loss takes by keyword.
+
+        Rows come first in all of them: of a language model (batch, time) int64 each, of a classifier's targets
+        (batch,). Targets below 0 do not count.
+        """
 
 
 class Diverged(BestiaryError):
@@ -40,7 +44,10 @@ class Diverged(BestiaryError):
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What is known after a step: `step` is the number of steps done, `loss` the batch's mean in nats."""
+    """What is known after a step: `step` is the number of steps done, `loss` the batch's mean in nats.
+
+    `tokens` counts the places of the targets so far: a language model's tokens, a classifier's rows.
+    """
 
     step: int
     loss: float
@@ -62,7 +69,7 @@ class TrainResult:
 
 
 def train(
-    model: LanguageModel,
+    model: nn.Module,
     batches: GlobalBatches,
     config: TrainConfig,
     *,
@@ -71,11 +78,12 @@ def train(
     until: int | None = None,
     resume: bool = False,
     on_step: Callable[[StepInfo], bool | None] | None = None,
-    evaluate: Callable[[LanguageModel], dict[str, float]] | None = None,
+    evaluate: Callable[[Any], dict[str, float]] | None = None,
 ) -> TrainResult:
-    """Train a model in place.
+    """Train a model in place: anything with a `loss(inputs, targets, **more)` that returns (loss, state).
 
     Args:
+        model: a LanguageModel, an encoder's model, or a module of one's own (which then has no folder).
         folder: where the log and the checkpoints go; None for neither.
         tokenizer: saved beside the weights.
         until: stop after this step of the schedule, with a checkpoint; a later call with `resume` goes on.
@@ -96,14 +104,14 @@ def train(
 
 
 class _Run:
-    def __init__(
-        self, model: LanguageModel, batches: GlobalBatches, config: TrainConfig, folder: Path | None, tokenizer: Any
-    ):
+    def __init__(self, model: Any, batches: GlobalBatches, config: TrainConfig, folder: Path | None, tokenizer: Any):
         self.model, self.batches, self.config, self.tokenizer = model, batches, config, tokenizer
         self.optimizer = build_optimizer(model, config)
         parallel = distributed.is_available() and distributed.is_initialized()
         self.rank, self.world = (distributed.get_rank(), distributed.get_world_size()) if parallel else (0, 1)
         self.folder, self.writes = folder, folder is not None and self.rank == 0
+        if folder is not None:
+            native.kind_of(model)  # now, not when the first checkpoint is due
         self.device = next(model.parameters()).device
         self.progress: dict[str, Any] = {"step": 0, "tokens": 0}
         self.interrupts: list[int] = []
@@ -113,7 +121,7 @@ class _Run:
         until: int | None,
         resume: bool,
         on_step: Callable[[StepInfo], bool | None] | None,
-        evaluate: Callable[[LanguageModel], dict[str, float]] | None,
+        evaluate: Callable[[Any], dict[str, float]] | None,
     ) -> TrainResult:
         self._begin(resume)
         log = Log(self.folder, after=self.progress["step"]) if self.writes and self.folder is not None else None
@@ -128,7 +136,7 @@ class _Run:
                 result.losses.append(info.loss)
                 step, config = info.step, self.config
                 if log is not None and config.log_every and (step % config.log_every == 0 or step == last):
-                    log.add(**vars(info))
+                    log.add(**(vars(info) | _scalars(self.model)))
                 if evaluate is not None and (step == last or (config.eval_every and step % config.eval_every == 0)):
                     found = self._evaluate(evaluate)
                     result.evaluations.append({"step": step, "tokens": info.tokens, **found})
@@ -162,7 +170,8 @@ class _Run:
 
     def _step(self) -> StepInfo:
         start, step = time.perf_counter(), self.progress["step"]
-        inputs, targets = self.batches.global_batch(step)
+        inputs, targets, *rest = self.batches.global_batch(step)
+        more: dict[str, Tensor] = rest[0] if rest else {}
         count = int((targets >= 0).sum())
         share = inputs.shape[0] // self.world
         if share * self.world != inputs.shape[0] or share % self.config.accumulation:
@@ -174,12 +183,14 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         # the loss, and whether to stop: all ranks must agree after which step
         total = torch.zeros(2, dtype=torch.float32 if self.device.type == "mps" else torch.float64, device=self.device)
-        for part_in, part_out in zip(*(x[rows].chunk(self.config.accumulation) for x in (inputs, targets))):
+        split = [x[rows].chunk(self.config.accumulation) for x in (inputs, targets, *more.values())]
+        for part_in, part_out, *part_more in zip(*split):
             counted = int((part_out >= 0).sum())
             if not counted:
                 continue
             with self._precision():
-                loss, _ = self.model.loss(part_in.to(self.device), part_out.to(self.device))
+                named = {name: x.to(self.device) for name, x in zip(more, part_more)}
+                loss, _ = self.model.loss(part_in.to(self.device), part_out.to(self.device), **named)
             loss = loss * (counted / count)  # parts weigh as much as they have targets
             loss.backward()
             total[0] += loss.detach()
@@ -201,8 +212,8 @@ class _Run:
         set_lr(self.optimizer, lr)
         self.optimizer.step()
         self.progress["step"] += 1
-        self.progress["tokens"] += inputs.numel()
-        speed = inputs.numel() / (time.perf_counter() - start)
+        self.progress["tokens"] += targets.numel()
+        speed = targets.numel() / (time.perf_counter() - start)
         return StepInfo(step + 1, loss_value, lr, norm, self.progress["tokens"], speed)
 
     def _precision(self) -> AbstractContextManager[Any]:
@@ -221,7 +232,7 @@ class _Run:
                 parameter.grad = torch.zeros_like(parameter)
             distributed.all_reduce(parameter.grad)
 
-    def _evaluate(self, evaluate: Callable[[LanguageModel], dict[str, float]]) -> dict[str, float]:
+    def _evaluate(self, evaluate: Callable[[Any], dict[str, float]]) -> dict[str, float]:
         self.model.eval()
         try:
             with torch.no_grad():
@@ -258,6 +269,13 @@ class _Run:
             f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}{where}. A lower learning rate, or "
             "stronger clipping, usually helps"
         )
+
+
+def _scalars(model: nn.Module) -> dict[str, float]:
+    """The means over the layers of what parts of the model told in single numbers, if it keeps such."""
+    measures: dict[str, list[Tensor]] = getattr(model, "measures", {})
+    found = {name: [x for x in told if x.ndim == 0] for name, told in measures.items()}
+    return {name: torch.stack(told).mean().item() for name, told in found.items() if told}
 
 
 @contextmanager
