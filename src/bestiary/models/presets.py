@@ -2,9 +2,9 @@
 
     bestiary.models.presets.get("stripedhyena-7b") -> ModelConfig
 
-Each builds a model with as many parameters as the published one. Two things differ by design: norms add their epsilon
-inside the root, and the poles of StripedHyena's filters are kept inside the unit circle (`parametrisation=raw` has them
-as the published weights do; it has as many parameters).
+Each builds a model with as many parameters as the published one. Three things differ by design: norms add their epsilon
+inside the root; the poles of StripedHyena's filters are kept inside the unit circle (`parametrisation=raw` has them as
+the published weights do, in as many parameters); Evo's GELU is exact, that of `geglu` is the tanh form.
 """
 
 from dataclasses import dataclass
