@@ -9,11 +9,13 @@ from torch import Tensor
 from bestiary import UsageError, ops
 from bestiary.ops import ssm
 
-SPREADS = {"regular": (1, 0), "mixed": (1e-3, 6), "long": (100, 0.1)}  # the shortest interval, and a spread of powers
+# The shortest interval, and the powers of ten up to the longest. A turn by hundreds of radians that is not yet damped
+# is known to 1e-5 in fp32, whatever the form: steps between 10 and 100 are left out.
+SPREADS = {"regular": (1.0, 0.0), "mixed": (1e-3, 4.0), "long": (100.0, 0.1)}
 
 
 def gaps(kind: str, *shape: int) -> Tensor:
-    """Intervals of about 1, of very different sizes (0 among them), or of hundreds of steps."""
+    """Intervals of 1, of very different sizes (0 among them), or of about 100."""
     least, spread = SPREADS[kind]
     found = least * 10 ** (spread * torch.rand(shape, dtype=torch.float64))
     return torch.where(torch.rand(shape) < 0.1, 0, found) if kind == "mixed" else found
@@ -34,8 +36,7 @@ def test_the_diagonal_system_in_chunks(kind: str, rule: str, time: int) -> None:
         return ops.irregular_diagonal_ssm(u, intervals, a, b, c, dt, d, rule=rule, state=state)
 
     inputs = [normal(2, time, CHANNELS), gaps(kind, 2, time), *pairs(L, B, C), dt, normal(CHANNELS)]
-    # joint: where a step is long, its input is held for good, and the derivative in dt is a difference of equals
-    check_forms(op, [*inputs, normal(2, CHANNELS, HALF, 2)], joint=True)
+    check_forms(op, [*inputs, normal(2, CHANNELS, HALF, 2)])
 
 
 @pytest.mark.parametrize("time", LENGTHS)

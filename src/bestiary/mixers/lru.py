@@ -61,9 +61,9 @@ class LRU(Mixer):
         self.B, self.C = nn.Parameter(torch.empty(n, d_model, 2)), nn.Parameter(torch.empty(d_model, n, 2))
         self.D = nn.Parameter(torch.empty(d_model))
         self.out = nn.Linear(d_model, 2 * d_model)
+        self.discrete = Remembered()
         slow_learners(self.nu_log, self.theta_log, self.gamma_log)
         no_weight_decay(self.D)
-        self.discrete = Remembered()
         self.reset_parameters()
 
     @torch.no_grad()

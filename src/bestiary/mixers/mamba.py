@@ -50,7 +50,8 @@ class Mamba(Mixer):
         discretisation: "euler" as published (exp(dt A) and dt B), "zoh" (zero-order hold, exact) or "bilinear".
     """
 
-    channel_mixer, timed = None, True
+    channel_mixer = None
+    timed = True
 
     def __init__(
         self,

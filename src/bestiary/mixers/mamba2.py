@@ -43,7 +43,8 @@ class Mamba2(Mixer):
         conv_kernel: taps of the convolution.
     """
 
-    channel_mixer, timed = None, True
+    channel_mixer = None
+    timed = True
 
     def __init__(
         self,

@@ -45,8 +45,8 @@ class Mamba3(Mixer):
 
     Args:
         d_model: width of input and output.
-        d_state: N; the paper's 128, or d_model where that is less; even.
         expand: inner width over d_model; rounded to whole heads.
+        d_state: N; the paper's 128, or d_model where that is less.
         head_dim: P; 64, or 32 where the inner width is below 256 or no multiple of 64.
         n_groups: groups of heads that share B and C but for their biases.
         rope_fraction: share of B's and C's channels that turn (published: 0.5 and 1).
@@ -59,8 +59,8 @@ class Mamba3(Mixer):
         self,
         d_model: int,
         *,
-        d_state: int | None = None,
         expand: float = 2.0,
+        d_state: int | None = None,
         head_dim: int | None = None,
         n_groups: int = 1,
         rope_fraction: float = 0.5,

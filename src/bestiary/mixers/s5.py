@@ -60,9 +60,9 @@ class S5(Mixer):
         self.B, self.C = nn.Parameter(torch.empty(half, d_model, 2)), nn.Parameter(torch.empty(d_model, half, 2))
         self.D = nn.Parameter(torch.empty(d_model))
         self.gate = nn.Linear(d_model, d_model)
+        self.discrete = Remembered()
         slow_learners(self.log_dt, self.log_A_real, self.A_imag, self.B)
         no_weight_decay(self.D)
-        self.discrete = Remembered()
         self.reset_parameters()
 
     @torch.no_grad()
