@@ -25,7 +25,7 @@ LAYOUTS = [
     "encoder_attention*2",
     "bidirectional{mixer=mamba, channel=none} bidirectional{mixer=hyena, channel=monarch_mlp}",
     "gla rwkv4 encoder_attention",  # causal ones among them, and a channel mixer that looks back
-]
+] + (["m2{l_max=20}*2"] if "m2" in bestiary.mixers.names() else [])
 TOKENS = torch.randint(40, (3, 12), generator=torch.Generator().manual_seed(1))
 LENGTHS = torch.tensor([12, 5, 1])
 
@@ -48,9 +48,10 @@ def wake(model: torch.nn.Module) -> torch.nn.Module:
     return model.double().eval()
 
 
-@pytest.mark.parametrize("block", ["pre", "post"])
+@pytest.mark.parametrize("block", ["pre", "post", "m2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_padding_changes_nothing_whatever_it_holds(layout: str, block: str) -> None:
+    layout = layout.replace("channel=none", "channel=swiglu") if block == "m2" else layout
     model = masked_model(layout, block=block, token_types=2)
     kinds = torch.randint(2, TOKENS.shape)
     padded, more = TOKENS.clone(), F.pad(TOKENS, (0, 7), value=3)
