@@ -17,6 +17,7 @@ from bestiary import (
     SequenceClassifier,
     UsageError,
 )
+from bestiary.cli import main
 from bestiary.data import ByteTokenizer
 from bestiary.hub import native
 from bestiary.models.encoder import Encoder, patches
@@ -291,3 +292,12 @@ def test_m2_bert_has_the_published_number_of_parameters(d_model: int, max_length
     features = 12 * 2 * 5 * max_length  # the released files keep what the filters' networks read as parameters, too
     digits = len(str(millions).partition(".")[2])
     assert round((model.n_parameters() + features) / 1e6, digits) == millions
+
+
+def test_verbs_of_language_models_refuse_other_kinds(tmp_path, capsys) -> None:
+    bestiary.save(masked_model().float(), ByteTokenizer(), tmp_path / "m")
+    (tmp_path / "text.txt").write_text("some text")
+    folder = str(tmp_path / "m")
+    for command in (["generate", folder], ["info", folder], ["eval", folder, str(tmp_path / "text.txt")]):
+        assert main(command) == 2
+        assert "holds a MaskedLanguageModel: give a language model here" in capsys.readouterr().err
