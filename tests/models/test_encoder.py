@@ -17,6 +17,7 @@ from bestiary import (
     SequenceClassifier,
     UsageError,
 )
+from bestiary.cli import main
 from bestiary.data import ByteTokenizer
 from bestiary.hub import native
 from bestiary.models.encoder import Encoder, patches
@@ -25,7 +26,7 @@ LAYOUTS = [
     "encoder_attention*2",
     "bidirectional{mixer=mamba, channel=none} bidirectional{mixer=hyena, channel=monarch_mlp}",
     "gla rwkv4 encoder_attention",  # causal ones among them, and a channel mixer that looks back
-]
+] + (["m2{l_max=20}*2"] if "m2" in bestiary.mixers.names() else [])
 TOKENS = torch.randint(40, (3, 12), generator=torch.Generator().manual_seed(1))
 LENGTHS = torch.tensor([12, 5, 1])
 
@@ -48,9 +49,10 @@ def wake(model: torch.nn.Module) -> torch.nn.Module:
     return model.double().eval()
 
 
-@pytest.mark.parametrize("block", ["pre", "post"])
+@pytest.mark.parametrize("block", ["pre", "post", "m2"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_padding_changes_nothing_whatever_it_holds(layout: str, block: str) -> None:
+    layout = layout.replace("channel=none", "channel=swiglu") if block == "m2" else layout
     model = masked_model(layout, block=block, token_types=2)
     kinds = torch.randint(2, TOKENS.shape)
     padded, more = TOKENS.clone(), F.pad(TOKENS, (0, 7), value=3)
@@ -290,3 +292,12 @@ def test_m2_bert_has_the_published_number_of_parameters(d_model: int, max_length
     features = 12 * 2 * 5 * max_length  # the released files keep what the filters' networks read as parameters, too
     digits = len(str(millions).partition(".")[2])
     assert round((model.n_parameters() + features) / 1e6, digits) == millions
+
+
+def test_verbs_of_language_models_refuse_other_kinds(tmp_path, capsys) -> None:
+    bestiary.save(masked_model().float(), ByteTokenizer(), tmp_path / "m")
+    (tmp_path / "text.txt").write_text("some text")
+    folder = str(tmp_path / "m")
+    for command in (["generate", folder], ["info", folder], ["eval", folder, str(tmp_path / "text.txt")]):
+        assert main(command) == 2
+        assert "holds a MaskedLanguageModel: give a language model here" in capsys.readouterr().err

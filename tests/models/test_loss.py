@@ -27,6 +27,23 @@ def test_the_loss_and_its_gradients_are_those_of_cross_entropy_at_any_chunk(chun
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("chunk", [33, 1 << 22])
+def test_a_bias_of_the_head_is_part_of_the_loss_its_gradients_and_the_nats(chunk, monkeypatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
+    hidden, head, targets = problem()
+    bias = torch.randn(11, dtype=torch.float64, requires_grad=True)
+    expected = F.cross_entropy(hidden @ head.T + bias, targets)
+    found = linear_cross_entropy(hidden, head, targets, bias=bias)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    wanted = (hidden, head, bias)
+    gradients = torch.autograd.grad(found, wanted)
+    for a, b in zip(gradients, torch.autograd.grad(expected, wanted)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(token_nats(hidden, head, targets, bias).mean(), expected.detach())
+    frozen = linear_cross_entropy(hidden.detach(), head.detach(), targets, bias=bias)
+    torch.testing.assert_close(torch.autograd.grad(frozen, bias)[0], gradients[2])
+
+
 def test_nats_of_each_token_are_those_of_cross_entropy() -> None:
     hidden, head, targets = problem()
     expected = F.cross_entropy(hidden @ head.T, targets, reduction="none")

@@ -96,15 +96,15 @@ class SequenceClassifier(EncoderModel):
         self.head = nn.Linear(config.d_model, config.n_classes)
         gpt_init(self.head, config.d_model)
 
-    @classmethod
+    @staticmethod
     def from_pretrained(
-        cls, model: EncoderModel, *, n_classes: int = 2, pool: str = "mean", dropout: float | None = None
+        model: EncoderModel, *, n_classes: int = 2, pool: str = "mean", dropout: float | None = None
     ) -> "SequenceClassifier":
         """A classifier that begins with the weights of another model's encoder, and a new head."""
         fields = {name: getattr(model.config, name) for name in EncoderConfig.__dataclass_fields__}
         if dropout is not None:
             fields["dropout"] = dropout
-        made = cls(ClassifierConfig(**fields, n_classes=n_classes, pool=pool))
+        made = SequenceClassifier(ClassifierConfig(**fields, n_classes=n_classes, pool=pool))
         weight = model.encoder.embedding.weight
         made = made.to(device=weight.device, dtype=weight.dtype)
         made.encoder.load_state_dict(model.encoder.state_dict())
@@ -133,7 +133,8 @@ class SequenceClassifier(EncoderModel):
         batch, time = hidden.shape[:2]
         lengths = torch.full((batch,), time, device=hidden.device) if lengths is None else lengths
         if self.config.pool == "mean":
-            pooled = hidden.sum(1) / lengths.clamp(min=1)[:, None]
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            pooled = hidden.sum(1, dtype=wide) / lengths.clamp(min=1)[:, None]
         elif self.config.pool == "first" or not time:
             pooled = hidden[:, :1].sum(1)
         else:
