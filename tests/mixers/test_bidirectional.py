@@ -58,7 +58,7 @@ def test_any_causal_mixer_reads_each_row_both_ways_within_its_own_length(name: s
 
 
 def test_with_shared_weights_a_reversed_sequence_has_reversed_outputs_for_half_the_parameters() -> None:
-    shared, own = (build("bidirectional", mixer="gla", share=share) for share in (True, False))
+    shared, own = (build("bidirectional", mixer="gla", tied=tied) for tied in (True, False))
     x = inputs()
     torch.testing.assert_close(shared(x.flip(1))[0], shared(x)[0].flip(1), rtol=1e-10, atol=1e-12)
     assert not torch.allclose(own(x.flip(1))[0], own(x)[0].flip(1))
@@ -88,7 +88,7 @@ def test_both_directions_of_a_sum_count_as_writers_of_the_residual_path() -> Non
 
 
 def test_the_inner_mixers_options_are_options_and_others_are_named() -> None:
-    layout = "bidirectional{mixer=gla, n_heads=2, share=true}*2"
+    layout = "bidirectional{mixer=gla, n_heads=2, tied=true}*2"
     assert spell(parse(layout)) == layout
     assert build("bidirectional", mixer="gla", n_heads=2).ahead.n_heads == 2
     for wrong, message in (

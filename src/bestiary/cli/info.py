@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -11,7 +12,7 @@ from rich.table import Table
 from bestiary import channel_mixers, mixers
 from bestiary.cli.common import load_language_model, parse, write_json
 from bestiary.errors import UsageError
-from bestiary.models import LanguageModel, ModelConfig
+from bestiary.models import LanguageModel, ModelConfig, presets
 from bestiary.models.costs import CONTEXTS, Cost, costs, total
 from bestiary.report.format import context, count, size
 
@@ -20,17 +21,18 @@ from bestiary.report.format import context, count, size
 class Info:
     """Parameters, forward FLOPs a token and bytes of state, layer by layer, at several context lengths.
 
-    Without a layout: the mixers there are, with their options.
+    Without a layout: the mixers there are, with their options. Nothing is allocated: any size can be asked for.
 
     Examples:
       bestiary info
       bestiary info "(mamba*3 attention)*4" --d-model 768 --vocab-size 50280
       bestiary info runs/mymodel                   a folder that `bestiary train` wrote
+      bestiary info stripedhyena-7b                a published shape, by name
       bestiary info "gla*12" --contexts 1024 65536
     """
 
     layout: Annotated[str | None, tyro.conf.Positional] = None
-    """A layout, or a folder with a trained model."""
+    """A layout, a folder with a trained model, or the name of a published shape."""
     d_model: int = 256
     """Width of the model."""
     vocab_size: int = 256
@@ -49,10 +51,7 @@ def main(argv: list[str]) -> int:
         return 0
     if any(context < 1 for context in arguments.contexts) or not arguments.contexts:
         raise UsageError(f"contexts must be positive numbers of tokens, not {list(arguments.contexts)}")
-    if Path(arguments.layout).is_dir():
-        model, _ = load_language_model(arguments.layout)
-    else:
-        model = LanguageModel(ModelConfig(arguments.layout, arguments.d_model, arguments.vocab_size))
+    model = _model(arguments.layout, arguments)
     parts = costs(model, arguments.contexts)
     config = model.config
     console.print(f"{config.layout}, d_model {config.d_model}, vocabulary {config.vocab_size}", highlight=False)
@@ -61,6 +60,16 @@ def main(argv: list[str]) -> int:
     console.print("A multiply-add is two FLOPs; training takes three times as many. The state is in fp32.")
     write_json(arguments.json, {"config": config.to_dict(), "parts": [asdict(part) for part in [*parts, total(parts)]]})
     return 0
+
+
+def _model(layout: str, arguments: Info) -> LanguageModel:
+    """The model that was asked for; one that is only counted holds no numbers."""
+    if Path(layout).is_dir():
+        return load_language_model(layout)[0]
+    known = layout in presets.names()
+    config = presets.get(layout) if known else ModelConfig(layout, arguments.d_model, arguments.vocab_size)
+    with torch.device("meta"):
+        return LanguageModel(config)
 
 
 def _table(parts: list[Cost], contexts: tuple[int, ...], what: str) -> Table:

@@ -160,7 +160,8 @@ def derivative(case: Case) -> float:
         ahead = continuation(mixer, state, case)
         return (torch.cat([y, z], 1) * weight).sum() + ahead.square().sum()
 
-    found = torch.autograd.grad(loss(), wanted, allow_unused=True)
+    start = loss() + x.sum() * 0  # a sequence of no steps has no gradients, which is none at all without this
+    found = torch.autograd.grad(start, wanted, allow_unused=True)
     gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, found)]
     generator = torch.Generator().manual_seed(case.seed)
     directions = [torch.randn(p.shape, generator=generator, dtype=p.dtype) for p in wanted]

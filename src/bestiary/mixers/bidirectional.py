@@ -5,7 +5,7 @@ y = f + b                 join=sum, as in Vision Mamba (Zhu et al. 2024, arXiv:2
 y = (f + b) / 2           join=average
 y = W [f; b] + c          join=concat, as in bidirectional LSTMs (Graves, Schmidhuber 2005)
 
-With share=true both directions have the same weights, as in Caduceus (Schiff et al. 2024, arXiv:2403.03234): half the
+With tied=true both directions have the same weights, as in Caduceus (Schiff et al. 2024, arXiv:2403.03234): half the
 parameters, and reversing the sequence reverses the output.
 """
 
@@ -33,7 +33,7 @@ class Bidirectional(NonCausal):
     Args:
         d_model: width of input and output.
         mixer: name of the causal mixer; further options are this mixer's.
-        share: whether both directions have the same weights.
+        tied: whether both directions have the same weights.
         join: how the directions come together: "sum", "average", or "concat" and a linear map.
     """
 
@@ -44,7 +44,7 @@ class Bidirectional(NonCausal):
         d_model: int,
         *,
         mixer: str = "mamba",
-        share: bool = False,
+        tied: bool = False,
         join: str = "sum",
         layer_index: int = 0,
         n_layers: int = 1,
@@ -61,7 +61,7 @@ class Bidirectional(NonCausal):
         writers = {"sum": 2 * residuals, "average": residuals, "concat": 1}[join]
         place = {"layer_index": layer_index, "n_layers": n_layers, "residuals": writers}
         self.ahead: Mixer = mixers.build(mixer, d_model, **place, **options)
-        self.back: Mixer | None = None if share else mixers.build(mixer, d_model, **place, **options)
+        self.back: Mixer | None = None if tied else mixers.build(mixer, d_model, **place, **options)
         self.out = nn.Linear(2 * d_model, d_model) if join == "concat" else None
         self.reset_parameters()
 

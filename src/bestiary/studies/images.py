@@ -141,7 +141,7 @@ def default_layouts(study: ImageStudy, data: Labelled) -> tuple[str, str]:
         time = height if study.data == "mnist1d" else height * width // _patch(study) ** 2
         ours = f"m2{{l_max={time}}}*3"
     else:
-        ours = "bidirectional{mixer=hyena, share=true, channel=monarch_mlp}*3"
+        ours = "bidirectional{mixer=hyena, tied=true, channel=monarch_mlp}*3"
     wanted = 2 * build(study, ours, data).n_parameters()
     sizes = {depth: build(study, f"encoder_attention*{depth}", data).n_parameters() for depth in range(1, 13)}
     depth = min(sizes, key=lambda depth: abs(sizes[depth] - wanted))
