@@ -196,14 +196,14 @@ def check_rate(**rates: float) -> dict[str, float]:
     return rates
 
 
-def gpt_init(linear: nn.Linear, d_model: int, *, residuals: int = 1) -> None:
+def gpt_init(linear: nn.Linear | nn.Embedding, d_model: int, *, residuals: int = 1) -> None:
     """GPT-2's normal distribution: 0.02 at its width 768, scaled by 1/sqrt(width) to others.
 
     Args:
         residuals: how many layers write into the residual path; a map that does so is divided by their root.
     """
     nn.init.normal_(linear.weight, std=0.02 * math.sqrt(768 / d_model / residuals))
-    if linear.bias is not None:
+    if isinstance(linear, nn.Linear) and linear.bias is not None:
         nn.init.zeros_(linear.bias)
 
 

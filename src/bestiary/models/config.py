@@ -20,7 +20,8 @@ class ModelConfig:
         norm: "rms" or "layer", before every mixer and before the head.
         norm_eps: its epsilon.
         tie_embeddings: whether the head's weight is the embedding's.
-        embedding_std: standard deviation of the embedding at initialisation.
+        embedding_std: standard deviation of the embedding at initialisation; by default GPT-2's 0.02 at its width 768,
+            scaled by 1/sqrt(width) to others (0.02 at small widths holds attention up for hundreds of steps).
 
     Raises UsageError where a field is wrong, naming the field, the value and what is allowed.
     """
@@ -31,7 +32,7 @@ class ModelConfig:
     norm: str = "rms"
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
-    embedding_std: float = 0.02
+    embedding_std: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.d_model, int) or self.d_model < 32 or self.d_model % 32:
@@ -42,7 +43,7 @@ class ModelConfig:
             raise unknown("norm", str(self.norm), ("rms", "layer"))
         if not self.norm_eps > 0:
             raise UsageError(f"norm_eps must be positive, not {self.norm_eps!r}")
-        if not self.embedding_std > 0:
+        if self.embedding_std is not None and not self.embedding_std > 0:
             raise UsageError(f"embedding_std must be positive, not {self.embedding_std!r}")
         grammar.parse(self.layout)
 

@@ -17,6 +17,7 @@ from bestiary import mixers
 from bestiary import state as states
 from bestiary.errors import UsageError
 from bestiary.mixers import Context
+from bestiary.mixers.parts import gpt_init
 from bestiary.models import generation
 from bestiary.models.config import ModelConfig
 from bestiary.models.layout import Layer, build_blocks
@@ -90,8 +91,11 @@ class LanguageModel(nn.Module):
         self.norm = _norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.measures: dict[str, list[Tensor]] = {}  # what parts told about themselves in the last call of `loss`
-        nn.init.normal_(self.embedding.weight, std=config.embedding_std)
-        nn.init.normal_(self.head.weight, std=config.embedding_std)
+        for table in (self.embedding, self.head):
+            if config.embedding_std is None:
+                gpt_init(table, config.d_model)
+            else:
+                nn.init.normal_(table.weight, std=config.embedding_std)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
