@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shared_data import shared
+from shared import shared
 
 from bestiary import BestiaryError, UsageError
 from bestiary.data import samples
@@ -65,7 +65,7 @@ def test_idx_files_are_read_gzipped_or_not_and_damage_is_named(tmp_path: Path) -
 
 
 def test_mnists_own_files() -> None:
-    folder = shared("data", "eval", "mnist_t10k")
+    folder = shared("eval/mnist_t10k")
     train, test = samples.mnist(*(folder / f"t10k-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")))
     assert train.inputs.shape == (8000, 28, 28) and len(test) == 2000 and train.n_classes == 10
 

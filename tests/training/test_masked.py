@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from shared_data import shared
+from shared import shared
 
 import bestiary
 from bestiary import EncoderConfig, MaskedLanguageModel, SequenceClassifier, UsageError
@@ -231,7 +231,7 @@ def test_files_that_are_not_the_tasks_are_one_clear_error(tmp_path: Path) -> Non
     ("task", "train_size", "dev_size"), [("SST-2", 67_349, 872), ("CoLA", 8_551, 1_043), ("RTE", 2_490, 277)]
 )
 def test_glues_own_files_are_read_whole(task: str, train_size: int, dev_size: int) -> None:
-    parts = load_glue(shared("data", "eval", "glue"), task)
+    parts = load_glue(shared("eval/glue"), task)
     assert [len(part) for part in parts] == [train_size, dev_size]
     for part in parts:
         assert {example.label for example in part} == {0, 1} and all(example.text for example in part)
