@@ -7,6 +7,7 @@ import bestiary
 from bestiary import LanguageModel, ModelConfig, mixers
 from bestiary.conformance import check
 from bestiary.mixers.parallel import Parallel
+from bestiary.models.costs import costs, total
 
 PAIRS = [("attention", "mamba"), ("hyena", "gla", "rwkv4"), ("lstm", "attention")]
 
@@ -71,6 +72,6 @@ def test_shared_weights_are_saved_once_and_counted_once(sharing: LanguageModel, 
     loaded, _ = bestiary.load(tmp_path / "model")
     tokens = torch.randint(256, (1, 7))
     assert torch.equal(loaded.eval()(tokens)[0], sharing(tokens)[0]) and loaded.blocks[1] is loaded.blocks[5]
-    costs = bestiary.models.costs.costs(sharing)
-    assert bestiary.models.costs.total(costs).parameters == sharing.n_parameters()
-    assert costs[4].parameters == 0 and costs[4].flops == costs[2].flops
+    parts = costs(sharing)
+    assert total(parts).parameters == sharing.n_parameters()
+    assert parts[4].parameters == 0 and parts[4].flops == parts[2].flops

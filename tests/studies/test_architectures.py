@@ -63,7 +63,8 @@ def test_a_layout_of_short_convolutions_alone_is_probed_as_one() -> None:
 
 def test_attending_means_reading_the_whole_past() -> None:
     attending = {name for name, architecture in KNOWN.items() if architecture.attends}
-    assert attending == {"attention", "striped", "mamba_attention"}
+    hybrids = {"striped", "mamba_attention", "striped_hyena", "striped_hyena2", "lfm2", "zamba"}
+    assert attending == {"attention", "mla"} | hybrids
     assert find("gla attention{window=none}").attends and not find("gla attention{window=9}").attends
 
 
