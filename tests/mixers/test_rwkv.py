@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from bestiary import LanguageModel, ModelConfig, UsageError, mixers
 from bestiary.conformance import check
 from bestiary.mixers import Context, Mixer
-from bestiary.mixers.rwkv import HeadNorm
+from bestiary.mixers.parts import HeadNorm
 from bestiary.training.config import TrainConfig
 from bestiary.training.optimizer import build_optimizer
 
@@ -355,10 +355,13 @@ def test_a_first_state_begins_as_zero(name: str) -> None:
 
 
 def test_the_norms_epsilon_is_that_of_heads_divided_by_8() -> None:
-    norm, y = awake(HeadNorm(4, 64, eps=64e-5)), 0.01 * inputs().view(2, 9, 4, 16)  # small enough for eps to matter
+    norm, y = (
+        awake(HeadNorm(4, 64, eps=64e-5, bias=True)),
+        0.01 * inputs().view(2, 9, 4, 16),
+    )  # small enough for eps to matter
     expected = F.group_norm(y.flatten(0, 1).flatten(1) / 8, 4, norm.weight, norm.bias, 1e-5).view(2, 9, 64)
-    assert torch.allclose(norm(y), expected, rtol=1e-10)
-    assert not torch.allclose(awake(HeadNorm(4, 64, eps=1e-5))(y), expected, rtol=0.1)
+    assert torch.allclose(norm(y.flatten(-2)), expected, rtol=1e-10)
+    assert not torch.allclose(awake(HeadNorm(4, 64, eps=1e-5, bias=True))(y.flatten(-2)), expected, rtol=0.1)
 
 
 @pytest.mark.parametrize("name", ["rwkv5", "rwkv6", "rwkv7"])

@@ -23,17 +23,17 @@ class Mixer(nn.Module):
 
     name: ClassVar[str] = ""
     """The name it is registered under."""
-    causal: ClassVar[bool] = True
+    causal: bool = True
     """Whether outputs depend on the past alone."""
     attends: ClassVar[bool] = False
     """Whether every step looks at all of its past again, as attention does (unless an option `window` is set)."""
     channel_mixer: ClassVar[str | None] = "swiglu"
     """The channel mixer that follows by default; None where the block holds the sequence mixer alone."""
 
-    timed: ClassVar[bool] = False
+    timed: bool = False
     """Whether the time between steps counts (`context.intervals`)."""
 
-    cached_activations: ClassVar[tuple[str, ...]] = ()
+    cached_activations: tuple[str, ...] = ()
     """Fields of the state that hold copies of activations (a KV cache) and so may stay in half precision."""
 
     def __init__(self, d_model: int):

@@ -39,27 +39,32 @@ class Parallel(Mixer):
         super().__init__(parts[0].d_model)
         self.parts = nn.ModuleList(parts)
         self.norms = nn.ModuleList(RMSNorm(self.d_model, eps=1e-5) for _ in parts) if join == "norm" else None
-        self.causal = all(part.causal for part in parts)  # type: ignore[misc]
-        self.timed = any(part.timed for part in parts)  # type: ignore[misc]
-        self.cached_activations = tuple(name for part in parts for name in part.cached_activations)  # type: ignore[misc]
+        self.causal = all(part.causal for part in parts)
+        self.timed = any(part.timed for part in parts)
+        self.cached_activations = tuple(name for part in parts for name in part.cached_activations)
+
+    @property
+    def members(self) -> list[Mixer]:
+        """The parts, as mixers."""
+        return [part for part in self.parts if isinstance(part, Mixer)]
 
     def reset_parameters(self) -> None:
-        for module in (*self.parts, *(self.norms or ())):
+        for module in (*self.members, *(self.norms or ())):
             module.reset_parameters()
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> ParallelState:
-        return ParallelState(tuple(part.initial_state(batch_size, device=device, dtype=dtype) for part in self.parts))  # type: ignore[operator]
+        return ParallelState(tuple(part.initial_state(batch_size, device=device, dtype=dtype) for part in self.members))
 
     def state_nbytes(self, time: int) -> int:
-        return sum(part.state_nbytes(time) for part in self.parts)  # type: ignore[operator]
+        return sum(part.state_nbytes(time) for part in self.members)
 
     def mixing_flops(self, context: int) -> float:
-        return sum(part.mixing_flops(context) for part in self.parts)  # type: ignore[operator]
+        return sum(part.mixing_flops(context) for part in self.members)
 
     def mix_in_context(
         self, x: Tensor, state: ParallelState, lengths: Tensor | None, context: Context
     ) -> tuple[Tensor, ParallelState]:
-        found = [part(x, before, lengths=lengths, context=context) for part, before in zip(self.parts, state.parts)]
+        found = [part(x, before, lengths=lengths, context=context) for part, before in zip(self.members, state.parts)]
         outputs = [y for y, _ in found]
         if self.norms is not None:
             outputs = [norm(y) / len(outputs) for norm, y in zip(self.norms, outputs)]

@@ -74,20 +74,24 @@ class RMSNorm(nn.RMSNorm):
 class HeadNorm(nn.Module):
     """Group normalisation with a group a head: each head's channels shifted and scaled to mean 0 and variance 1.
 
-    It computes in fp32 at least, and weighs each channel, without a bias.
+    It computes in fp32 at least, and weighs each channel; a bias is added where asked.
     """
 
-    def __init__(self, n_heads: int, channels: int, *, eps: float = 1e-5):
+    def __init__(self, n_heads: int, channels: int, *, eps: float = 1e-5, bias: bool = False):
         super().__init__()
         self.n_heads, self.eps = n_heads, eps
         self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
 
     def reset_parameters(self) -> None:
         nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Float[Tensor, "*batch channels"]) -> Float[Tensor, "*batch channels"]:
         wide = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (self.n_heads, -1))
-        return (F.layer_norm(wide, wide.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(wide.dtype)).to(x.dtype)
+        y = F.layer_norm(wide, wide.shape[-1:], eps=self.eps).flatten(-2) * self.weight.to(wide.dtype)
+        return (y if self.bias is None else y + self.bias.to(y.dtype)).to(x.dtype)
 
 
 class HeadwiseLinear(nn.Module):

@@ -5,12 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bestiary import state
 from bestiary.errors import UsageError
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import check_rate, default_heads, no_weight_decay
+from bestiary.mixers.parts import HeadNorm, check_rate, default_heads, no_weight_decay
 
 GN_EPS = 64e-5
 """RWKV-5 divides by 8 before a norm whose epsilon is 1e-5; 6 and 7 say the same as one epsilon, 8 * 8 * 1e-5."""
@@ -22,14 +21,6 @@ class RWKVState(NamedTuple):
 
     x: Float[Tensor, "batch d_model"]
     memory: Float[Tensor, "batch heads key_dim value_dim"]
-
-
-class HeadNorm(nn.GroupNorm):
-    """nn.GroupNorm with a group a head, in the dtype of its input."""
-
-    def forward(self, x: Float[Tensor, "batch time heads head_size"]) -> Float[Tensor, "batch time d_model"]:
-        y = F.layer_norm(x, x.shape[-1:], eps=self.eps).flatten(-2)
-        return y * self.weight.to(y.dtype) + self.bias.to(y.dtype)
 
 
 class LowRank(nn.Module):
@@ -75,15 +66,15 @@ class RWKVHeads(Mixer):
         self.deep = layer_index / max(1, n_layers - 1)  # 0 in the first layer, 1 in the last
         self.shallow = 1 - layer_index / n_layers
         self.receptance, self.key, self.value, self.output = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
-        self.ln_x = HeadNorm(self.n_heads, d_model, eps=gn_eps)
+        self.ln_x = HeadNorm(self.n_heads, d_model, eps=gn_eps, bias=True)
         shape = (self.n_heads, self.head_size, self.head_size)
         self.first_memory = nn.Parameter(torch.empty(shape)) if train_state else None
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.output.weight)
+        self.ln_x.reset_parameters()
         nn.init.constant_(self.ln_x.weight, ((1 + self.layer_index) / self.n_layers) ** 0.7)
-        nn.init.zeros_(self.ln_x.bias)
         if self.first_memory is not None:
             nn.init.zeros_(self.first_memory)
 

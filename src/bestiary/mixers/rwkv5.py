@@ -102,7 +102,7 @@ class RWKV5(RWKVHeads):
         log_decay, bonus = self.rates(exact)
         k, log_decay = keep_real(k, lengths), keep_real(log_decay.expand_as(k), lengths)
         o, memory = ops.linear_attention(r, k, v, log_decay, bonus=bonus, scale=1.0, state=state.memory)
-        y = self.ln_x(o)
+        y = self.ln_x(o.flatten(-2))
         if not self.by_head:
             y = y * F.silu(self.gate(torch.lerp(before, x, self.mix_g.to(x.dtype))))
         return self.output(y.to(x.dtype)), RWKVState(last, memory)

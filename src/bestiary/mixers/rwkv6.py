@@ -100,5 +100,5 @@ class RWKV6(RWKVHeads):
         log_decay = -(self.time_decay.to(exact) + self.decay(xw).to(exact)).exp()
         k, log_decay = keep_real(k, lengths), keep_real(self.heads(log_decay), lengths)
         o, memory = ops.linear_attention(r, k, v, log_decay, bonus=self.bonus, scale=1.0, state=state.memory)
-        y = self.ln_x(o) * F.silu(self.gate(xg))
+        y = self.ln_x(o.flatten(-2)) * F.silu(self.gate(xg))
         return self.output(y.to(x.dtype)), RWKVState(last, memory)

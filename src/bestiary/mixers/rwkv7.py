@@ -125,7 +125,7 @@ class RWKV7(RWKVHeads):
         r, v, a = self.heads(r), self.heads(v), self.heads(a)
         o, memory = ops.dplr(r, log_decay, k, v, -kappa, kappa * a, state=state.memory)
         bonus = (r * k * self.r_k.to(exact)).sum(-1, keepdim=True)
-        y = (self.ln_x(o) + (bonus * v).flatten(-2)) * self.g_low(xg)
+        y = (self.ln_x(o.flatten(-2)) + (bonus * v).flatten(-2)) * self.g_low(xg)
         return self.output(y.to(x.dtype)), RWKVState(last, memory)
 
 
