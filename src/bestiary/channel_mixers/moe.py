@@ -36,6 +36,7 @@ class MixtureOfExperts(Pointwise):
         top_k: experts that a token takes.
         d_hidden: inner width of an expert; by default swiglu's over top_k, so that a token costs the same.
         shared: further experts that every token takes.
+        shared_gate: whether what these say is scaled by a number a token, sigmoid(w x) (Qwen's).
         balance: weight of the balance term in the training loss; 0 for none.
     """
 
@@ -47,10 +48,13 @@ class MixtureOfExperts(Pointwise):
         top_k: int = 2,
         d_hidden: int | None = None,
         shared: int = 0,
+        shared_gate: bool = False,
         balance: float = 0.01,
         residuals: int = 1,
     ):
         super().__init__(d_model)
+        if shared_gate and not shared:
+            raise UsageError("shared_gate is for shared experts, of which there are none: set shared as well")
         if not 1 <= top_k <= n_experts or shared < 0 or balance < 0:
             raise UsageError(
                 f"top_k={top_k} must lie in 1..n_experts={n_experts}; shared={shared} and balance={balance} not below 0"
@@ -66,12 +70,15 @@ class MixtureOfExperts(Pointwise):
             residuals,
         )
         self.router = nn.Linear(d_model, n_experts, bias=False)
+        self.shared_gate = nn.Linear(d_model, 1, bias=False) if shared_gate else None
         self.gate_up = nn.Parameter(torch.empty(n_experts + shared, 2 * self.d_hidden, d_model))
         self.down = nn.Parameter(torch.empty(n_experts + shared, d_model, self.d_hidden))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        gpt_init(self.router, self.d_model)
+        for linear in (self.router, self.shared_gate):
+            if linear is not None:
+                gpt_init(linear, self.d_model)
         std = 0.02 * (768 / self.d_model) ** 0.5
         nn.init.normal_(self.gate_up, std=std)
         nn.init.normal_(self.down, std=std / self.residuals**0.5)
@@ -113,8 +120,9 @@ class MixtureOfExperts(Pointwise):
             if len(token):
                 part = self._expert(i, flat[token]) * weights[token, place, None].to(flat.dtype)
                 y = y.index_add(0, token, part.to(y.dtype))
+        scale = 1.0 if self.shared_gate is None else torch.sigmoid(self.shared_gate(flat))
         for i in range(self.n_experts, self.n_experts + self.shared):
-            y = y + self._expert(i, flat)
+            y = y + scale * self._expert(i, flat)
         return y.reshape(x.shape)
 
     def _expert(self, i: int, x: Tensor) -> Tensor:

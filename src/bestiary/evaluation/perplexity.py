@@ -15,7 +15,6 @@ from bestiary import state as states
 from bestiary.data.tokenizer import Tokenizer
 from bestiary.errors import UsageError
 from bestiary.models import LanguageModel
-from bestiary.models.loss import token_nats
 
 
 @dataclass(frozen=True)
@@ -104,4 +103,4 @@ def _windows(model: LanguageModel, ids: torch.Tensor, window: int, batch_size: i
 
 
 def _sum(model: LanguageModel, hidden: torch.Tensor, targets: torch.Tensor) -> float:
-    return token_nats(hidden.flatten(0, 1), model.head.weight, targets.flatten()).double().sum().item()
+    return model.head.nats(hidden.flatten(0, 1), targets.flatten()).double().sum().item()

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from bestiary.data import tokenizer as tokens
 from bestiary.data.files import whole_folder
 from bestiary.errors import BestiaryError, UsageError, unknown
+from bestiary.hub import folders
+from bestiary.hub.folders import CONFIG
+from bestiary.hub.shards import WEIGHTS, Shards
 from bestiary.models import (
     ClassifierConfig,
     EncoderConfig,
@@ -29,7 +30,6 @@ from bestiary.models import (
 
 FORMAT = "bestiary"
 VERSION = 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DEFAULT = "language_model"
 """What a model is whose config.json does not say."""
 KINDS: dict[str, tuple[type, type]] = {
@@ -39,7 +39,6 @@ KINDS: dict[str, tuple[type, type]] = {
     "image_classifier": (ImageClassifier, ImageConfig),
 }
 """What can be saved: the model's class and its configuration's, by the name in config.json."""
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
@@ -78,15 +77,21 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     Raises:
         BestiaryError: the folder holds no model of this format, or a damaged one; the message names the file or tensor.
     """
-    folder = newest(Path(folder))
-    cls, config = read_config(folder)
+    return load_fields(newest := folders.newest(Path(folder)), folders.read_config(newest))
+
+
+def load_fields(folder: Path, fields: dict[str, Any]) -> tuple[Any, Any]:
+    """The same for a folder whose config.json holds these fields."""
+    cls, config = _config(folder / CONFIG, fields)
     try:
         with torch.device("meta"):
             skeleton = cls(config)
     except (RuntimeError, OverflowError) as error:
         raise BestiaryError(f"{folder / CONFIG} asks for an impossible size: {error}") from error
     wanted = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
-    tensors = _read(folder / WEIGHTS, wanted)
+    shards = Shards(folder)
+    shards.check(wanted)
+    tensors = {name: shards.read(name) for name in wanted}
     with torch.random.fork_rng(devices=[]):  # loading leaves the caller's random numbers alone
         model = cls(config)
     dtypes = sorted({tensor.dtype for tensor in tensors.values()}, key=lambda dtype: dtype.itemsize)
@@ -100,26 +105,10 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     return model, tokens.load(folder) if has_tokenizer else None
 
 
-def newest(folder: Path) -> Path:
-    """The folder itself where it holds a model, or else the last checkpoint of the training run that it holds."""
-    if (folder / CONFIG).exists() or not folder.is_dir():
-        return folder
-    steps = sorted((folder / "checkpoints").glob("step-*[0-9]"), key=lambda path: int(path.name[5:]))
-    return steps[-1] if steps else folder
-
-
-def read_config(folder: Path) -> tuple[type, Any]:
-    """The class and the configuration of the model in a folder."""
-    path = folder / CONFIG
-    if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder; give one that `bestiary train` or bestiary.save wrote")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"{folder} holds no model: there is no {CONFIG}") from None
-    except (OSError, ValueError) as error:
-        raise BestiaryError(f"{path} is not readable: {error}") from error
-    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
+def _config(path: Path, fields: dict[str, Any]) -> tuple[type, Any]:
+    """The class and the configuration of the model that a config.json describes."""
+    fields = dict(fields)
+    if fields.pop("format", None) != FORMAT:
         raise BestiaryError(f'{path} is not of this format: it lacks "format": "{FORMAT}"')
     version = fields.pop("version", None)
     if version != VERSION:
@@ -132,23 +121,3 @@ def read_config(folder: Path) -> tuple[type, Any]:
         return cls, config.from_dict(fields)  # type: ignore[attr-defined]
     except (UsageError, TypeError) as error:
         raise BestiaryError(f"{path}: {error}") from error
-
-
-def _read(path: Path, wanted: dict[str, torch.Size]) -> dict[str, Tensor]:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            names = set(file.keys())
-            problems = [f"lacks {name}" for name in sorted(wanted.keys() - names)]
-            problems += [f"has an unknown {name}" for name in sorted(names - wanted.keys())]
-            for name in sorted(wanted.keys() & names):
-                part = file.get_slice(name)
-                if tuple(part.get_shape()) != tuple(wanted[name]):
-                    problems.append(f"{name} is {tuple(part.get_shape())}, not {tuple(wanted[name])}")
-                elif part.get_dtype() not in DTYPES:
-                    problems.append(f"{name} is of type {part.get_dtype()}, not among {', '.join(DTYPES)}")
-            if problems:
-                more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-                raise BestiaryError(f"{path} does not fit its {CONFIG}: {'; '.join(problems[:5])}{more}")
-            return {name: file.get_tensor(name) for name in wanted}
-    except (OSError, SafetensorError, ValueError) as error:
-        raise BestiaryError(f"{path} is not a readable weight file: {error}") from error

@@ -24,11 +24,13 @@ class DeltaMixer(Mixer):
     """q, k and v behind short convolutions, beta, norm and output, a memory a head; a mixer adds gates and `mix`.
 
     Args:
-        n_heads: heads; None for the usual number.
-        d_key, d_value: widths of keys and values, over all heads.
+        n_heads: heads of queries and keys; None for the usual number.
+        n_value_heads: heads of values, a multiple of n_heads, each with a memory of its own; None for as many.
+        d_key, d_value: widths of keys and values, over all their heads.
         conv_kernel: taps of the convolutions on q, k and v.
         negative: whether beta reaches 2.
         n_steps: keys and values, each with its beta, that a step writes.
+        norm_eps: epsilon of the output's norm.
     """
 
     gated = True
@@ -44,16 +46,20 @@ class DeltaMixer(Mixer):
         conv_kernel: int,
         negative: bool,
         n_steps: int = 1,
+        n_value_heads: int | None = None,
+        norm_eps: float = 1e-5,
     ):
         super().__init__(d_model)
         self.n_heads = default_heads(d_model) if n_heads is None else n_heads
-        check_heads(self.n_heads, key_width=d_key, value_width=d_value)
+        self.n_value_heads = self.n_heads if n_value_heads is None else n_value_heads
+        check_heads(self.n_heads, key_width=d_key, value_width=d_value, n_value_heads=self.n_value_heads)
+        check_heads(self.n_value_heads, value_width=d_value)
         self.d_key, self.d_value, self.negative, self.n_steps = d_key, d_value, negative, n_steps
         self.widths = [d_key, n_steps * d_key, n_steps * d_value]
         self.qkv = nn.Linear(d_model, sum(self.widths), bias=False)
         self.conv = ShortConvolution(sum(self.widths), conv_kernel, activation="silu")
-        self.beta = nn.Linear(d_model, n_steps * self.n_heads, bias=False)
-        self.norm = RMSNorm(d_value // self.n_heads, eps=1e-5)
+        self.beta = nn.Linear(d_model, n_steps * self.n_value_heads, bias=False)
+        self.norm = RMSNorm(d_value // self.n_value_heads, eps=norm_eps)
         self.out = nn.Linear(d_value, d_model, bias=False)
 
     def reset_parameters(self) -> None:
@@ -67,7 +73,8 @@ class DeltaMixer(Mixer):
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> DeltaState:
         place: dict[str, Any] = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
-        shape = (batch_size, self.n_heads, self.d_key // self.n_heads, self.d_value // self.n_heads)
+        key_dim, value_dim = self.d_key // self.n_heads, self.d_value // self.n_value_heads
+        shape = (batch_size, self.n_value_heads, key_dim, value_dim)
         return DeltaState(self.conv.initial_state(batch_size, **place), torch.zeros(shape, **place))
 
     def mixing_flops(self, context: int) -> float:
@@ -90,8 +97,11 @@ class DeltaMixer(Mixer):
         q, k, v = qkv.split(self.widths, dim=-1)
         beta = torch.sigmoid(self.beta(x)) * (2 if self.negative else 1)
         beta = keep_real(beta, lengths)  # padding replaces nothing
-        k, v, beta = (z.unflatten(-1, (self.n_steps, self.n_heads, -1)).flatten(1, 2) for z in (k, v, beta))
-        q, k = (unit(z.to(state.memory.dtype)) for z in (q.unflatten(-1, (self.n_heads, -1)), k))
+        q = q.unflatten(-1, (self.n_heads, -1))
+        k = k.unflatten(-1, (self.n_steps, self.n_heads, -1)).flatten(1, 2)
+        v, beta = (z.unflatten(-1, (self.n_steps, self.n_value_heads, -1)).flatten(1, 2) for z in (v, beta))
+        q, k = (unit(z.to(state.memory.dtype)) for z in (q, k))
+        q, k = (z.repeat_interleave(self.n_value_heads // self.n_heads, dim=2) for z in (q, k))
         return q, k, v, beta[..., 0], history
 
 

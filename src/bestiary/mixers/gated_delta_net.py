@@ -26,9 +26,11 @@ class GatedDeltaNet(DeltaMixer):
     Args:
         d_model: width of input and output.
         n_heads: heads; by default one for each 64 channels of d_model (32 at small widths).
+        n_value_heads: heads of values, a multiple of n_heads sharing q and k; by default as many (Qwen3-Next: twice).
         expand_k, expand_v: key and value width over d_model.
         conv_kernel: taps of the convolutions on q, k and v.
         negative: let beta reach 2, so that the state's eigenvalues reach -1 (arXiv:2411.12537).
+        norm_eps: epsilon of the output's norm.
     """
 
     def __init__(
@@ -36,18 +38,26 @@ class GatedDeltaNet(DeltaMixer):
         d_model: int,
         *,
         n_heads: int | None = None,
+        n_value_heads: int | None = None,
         expand_k: float = 0.75,
         expand_v: float = 1.5,
         conv_kernel: int = 4,
         negative: bool = False,
+        norm_eps: float = 1e-5,
     ):
-        d_key, d_value = int(expand_k * d_model), int(expand_v * d_model)
         super().__init__(
-            d_model, n_heads=n_heads, d_key=d_key, d_value=d_value, conv_kernel=conv_kernel, negative=negative
+            d_model,
+            n_heads=n_heads,
+            n_value_heads=n_value_heads,
+            d_key=round(expand_k * d_model),
+            d_value=round(expand_v * d_model),
+            conv_kernel=conv_kernel,
+            negative=negative,
+            norm_eps=norm_eps,
         )
-        self.decay = nn.Linear(d_model, self.n_heads, bias=False)
-        self.A_log = nn.Parameter(torch.empty(self.n_heads))
-        self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
+        self.decay = nn.Linear(d_model, self.n_value_heads, bias=False)
+        self.A_log = nn.Parameter(torch.empty(self.n_value_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.n_value_heads))
         self.gate = nn.Linear(d_model, self.d_value, bias=False)
         no_weight_decay(self.A_log, self.dt_bias)
         self.reset_parameters()

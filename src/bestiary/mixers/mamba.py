@@ -47,6 +47,7 @@ class Mamba(Mixer):
         conv_kernel: taps of the convolution.
         dt_rank: rank of the step size's projection; d_model / 16 by default, rounded up.
         norm_dt_bc: RMS norms of B, C and dt (before its rise): false, true (FalconMamba), or "weighted" (Jamba).
+        norm_eps: their epsilon.
         discretisation: "euler" as published (exp(dt A) and dt B), "zoh" (zero-order hold, exact) or "bilinear".
     """
 
@@ -62,11 +63,12 @@ class Mamba(Mixer):
         conv_kernel: int = 4,
         dt_rank: int | None = None,
         norm_dt_bc: bool | str = False,
+        norm_eps: float = 1e-6,
         discretisation: str = "euler",
         residuals: int = 1,
     ):
         super().__init__(d_model)
-        self.d_inner, self.d_state, self.residuals = int(expand * d_model), d_state, residuals
+        self.d_inner, self.d_state, self.residuals = round(expand * d_model), d_state, residuals
         self.dt_rank = math.ceil(d_model / 16) if dt_rank is None else dt_rank
         if min(self.d_inner, d_state, self.dt_rank) < 1:
             raise UsageError(
@@ -83,7 +85,7 @@ class Mamba(Mixer):
         self.norms = nn.ModuleList()
         if norm_dt_bc:
             weighted = norm_dt_bc == "weighted"
-            self.norms.extend(RMSNorm(n, eps=1e-6, elementwise_affine=weighted) for n in self.widths)
+            self.norms.extend(RMSNorm(n, eps=norm_eps, elementwise_affine=weighted) for n in self.widths)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state))
         self.D = nn.Parameter(torch.empty(self.d_inner))

@@ -165,7 +165,7 @@ def expanded_heads(
     d_model: int, *, d_state: int | None, expand: float, head_dim: int | None, n_groups: int
 ) -> tuple[int, int, int]:
     """(d_state, head_dim, n_heads) of Mamba-2 and 3, the published 128 and 64 where the width allows; checked."""
-    d_state, wanted = min(128, d_model) if d_state is None else d_state, int(expand * d_model)
+    d_state, wanted = min(128, d_model) if d_state is None else d_state, round(expand * d_model)
     if head_dim is None:
         head_dim = 64 if wanted >= 256 and wanted % 64 == 0 else 32
     n_heads = max(1, round(wanted / head_dim)) if head_dim > 0 else 0

@@ -28,10 +28,12 @@ class ZambaAttention(Attention):
         d_model: width of input and output.
         n_heads: heads of queries; by default of 128 channels (64 at small widths).
         n_kv_heads: heads of keys and values, a divisor of n_heads; as many as n_heads by default.
+        head_dim: channels of a head; by default 2 d_model over n_heads.
         window: steps that each step sees, itself included; None for all of the past.
         rotary: whether positions are told by rotation, as in Zamba2; the first Zamba does without.
-        rotary_base: base of the rotation's wavelengths.
+        rotary_base, rotary_dims, rotary_stretch: of the rotation, as attention's.
         qkv_bias, out_bias: whether q, k and v, and the output, have biases.
+        qk_norm, norm_eps, gate: as attention's.
     """
 
     channel_mixer = "geglu"

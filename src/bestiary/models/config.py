@@ -22,6 +22,10 @@ class ModelConfig:
         tie_embeddings: whether the head's weight is the embedding's.
         embedding_std: standard deviation of the embedding at initialisation; by default GPT-2's 0.02 at its width 768,
             scaled by 1/sqrt(width) to others (0.02 at small widths holds attention up for hundreds of steps).
+        embedding_scale: what embeddings are multiplied by (Gemma: the root of the width).
+        embedding_norm: whether they go through a norm of their own before the first layer (RWKV).
+        parallel_residual: whether a layer's channel mixer reads what its mixer reads, instead of its sum (GPT-NeoX).
+        logit_cap: logits stay within +-logit_cap by a tanh; None for no cap.
 
     Raises UsageError where a field is wrong, naming the field, the value and what is allowed.
     """
@@ -33,6 +37,10 @@ class ModelConfig:
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
     embedding_std: float | None = None
+    embedding_scale: float = 1.0
+    embedding_norm: bool = False
+    parallel_residual: bool = False
+    logit_cap: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.d_model, int) or self.d_model < 32 or self.d_model % 32:
@@ -41,10 +49,10 @@ class ModelConfig:
             raise UsageError(f"vocab_size must be a positive integer, not {self.vocab_size!r}")
         if self.norm not in ("rms", "layer"):
             raise unknown("norm", str(self.norm), ("rms", "layer"))
-        if not self.norm_eps > 0:
-            raise UsageError(f"norm_eps must be positive, not {self.norm_eps!r}")
-        if self.embedding_std is not None and not self.embedding_std > 0:
-            raise UsageError(f"embedding_std must be positive, not {self.embedding_std!r}")
+        for name in ("norm_eps", "embedding_std", "embedding_scale", "logit_cap"):
+            value = getattr(self, name)
+            if not (value is None and name in ("embedding_std", "logit_cap")) and not value > 0:
+                raise UsageError(f"{name} must be positive, not {value!r}")
         grammar.parse(self.layout)
 
     @property

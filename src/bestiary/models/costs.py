@@ -27,9 +27,8 @@ def costs(model: LanguageModel, contexts: Sequence[int] = CONTEXTS) -> list[Cost
     config = model.config
     head = config.vocab_size * config.d_model
     tied = head if config.tie_embeddings else 2 * head
-    ends = Cost(
-        "embedding, head", tied + _count(model.norm), {c: 2.0 * head for c in contexts}, dict.fromkeys(contexts, 0)
-    )
+    norms = sum(_count(norm) for norm in (model.embedding_norm, model.norm) if norm is not None)
+    ends = Cost("embedding, head", tied + norms, {c: 2.0 * head for c in contexts}, dict.fromkeys(contexts, 0))
     found, seen = [ends], set()
     for block, layer in zip(model.blocks, config.layers):
         found.append(_layer_cost(block, layer, contexts, new=id(block) not in seen))  # type: ignore[arg-type]

@@ -1,6 +1,7 @@
 """A causal language model: embedding, pre-norm residual blocks, norm, head.
 
 x = x + mixer(norm(x));   x = x + channel_mixer(norm(x))      per layer (the second where the layer has one)
+x = x + mixer(norm(x)) + channel_mixer(norm'(x))              with a parallel residual path (GPT-J, GPT-NeoX)
 logits = head(norm(x))
 """
 
@@ -21,7 +22,7 @@ from bestiary.mixers.parts import gpt_init
 from bestiary.models import generation
 from bestiary.models.config import ModelConfig
 from bestiary.models.layout import Layer, build_blocks
-from bestiary.models.loss import linear_cross_entropy
+from bestiary.models.loss import Head
 
 
 @states.register
@@ -44,6 +45,7 @@ class Block(nn.Module):
 
     def __init__(self, layer: Layer, config: ModelConfig, **place: int):
         super().__init__()
+        self.parallel = config.parallel_residual
         self.norm = _norm(config)
         self.mixer = layer.build_mixer(config.d_model, **place)
         if not self.mixer.causal:
@@ -59,19 +61,21 @@ class Block(nn.Module):
     def forward(self, x: Tensor, state: LayerState | None, **rows: Any) -> tuple[Tensor, LayerState]:
         """One segment through the layer; `rows` are `lengths`, `cu_seqlens` and `context` of the mixers' contract."""
         y, mixed = self.mixer(self.norm(x), None if state is None else state.mixer, **rows)
-        x = x + y
+        before, x = x, x + y
         remembered: Any = states.Empty()
         if self.channel is not None and self.channel_norm is not None:
-            y, remembered = self.channel(self.channel_norm(x), None if state is None else state.channel, **rows)
+            seen = self.channel_norm(before if self.parallel else x)
+            y, remembered = self.channel(seen, None if state is None else state.channel, **rows)
             x = x + y
         return x, LayerState(mixed, remembered)
 
     def step(self, x: Tensor, state: LayerState, context: Context) -> tuple[Tensor, LayerState]:
         """One step of every row through the layer: (batch, d_model)."""
         y, mixed = self.mixer.step(self.norm(x), state.mixer, context=context)
-        x, remembered = x + y, state.channel
+        before, x, remembered = x, x + y, state.channel
         if self.channel is not None and self.channel_norm is not None:
-            y, remembered = self.channel.step(self.channel_norm(x), state.channel, context=context)
+            seen = self.channel_norm(before if self.parallel else x)
+            y, remembered = self.channel.step(seen, state.channel, context=context)
             x = x + y
         return x, LayerState(mixed, remembered)
 
@@ -87,9 +91,10 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
+        self.embedding_norm = _norm(config) if config.embedding_norm else None
         self.blocks = build_blocks(config.layers, functools.partial(Block, config=config))
         self.norm = _norm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Head(config.d_model, config.vocab_size, config.logit_cap)
         self.measures: dict[str, list[Tensor]] = {}  # what parts told about themselves in the last call of `loss`
         for table in (self.embedding, self.head):
             if config.embedding_std is None:
@@ -102,6 +107,12 @@ class LanguageModel(nn.Module):
     def initial_state(self, batch_size: int, **kwargs: Any) -> ModelState:
         """The state before the first token; `device` and `dtype` as in the mixers' contract."""
         return ModelState(tuple(block.initial_state(batch_size, **kwargs) for block in self.blocks))  # type: ignore[operator]
+
+    def embed(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
+        """What the first block sees."""
+        x = self.embedding(tokens)
+        x = x if self.config.embedding_scale == 1 else x * self.config.embedding_scale
+        return x if self.embedding_norm is None else self.embedding_norm(x)
 
     def hidden(
         self,
@@ -122,7 +133,7 @@ class LanguageModel(nn.Module):
             self.check_tokens(int(tokens.min()), int(tokens.max()))
         if state is not None and len(state.layers) != len(self.blocks):
             raise UsageError(f"the state has {len(state.layers)} layers, the model {len(self.blocks)}")
-        x, after = self.embedding(tokens), []
+        x, after = self.embed(tokens), []
         context = Context() if context is None else context
         context.embeddings = x
         if intervals is not None:
@@ -156,7 +167,7 @@ class LanguageModel(nn.Module):
 
     def step(self, tokens: Int[Tensor, " batch"], state: ModelState) -> tuple[Float[Tensor, "batch vocab"], ModelState]:
         """One token of every row: logits of the next, and the state."""
-        x, after = self.embedding(tokens), []
+        x, after = self.embed(tokens), []
         context = Context(embeddings=x[:, None])
         for block, layer in zip(self.blocks, state.layers):
             x, layer = block.step(x, layer, context)  # type: ignore[operator]
@@ -185,7 +196,7 @@ class LanguageModel(nn.Module):
         rows: dict[str, Any] = {"lengths": lengths, "cu_seqlens": cu_seqlens, "intervals": intervals}
         hidden, state = self.hidden(tokens, state, context=context, **rows)
         weights = None if mask is None else mask.flatten().to(torch.promote_types(hidden.dtype, torch.float32))
-        loss = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten(), weights)
+        loss = self.head.loss(hidden.flatten(0, 1), targets.flatten(), weights)
         self.measures = context.measures
         return sum(context.losses, loss), state
 

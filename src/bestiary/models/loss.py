@@ -3,16 +3,40 @@
     loss = sum_i weight_i * (logsumexp(W h_i) - W[target_i] h_i) / sum_i weight_i
 
 The backward pass needs softmax(W h) - onehot(target), which is at hand while a chunk's logits are; so each chunk's
-gradients are formed at once and its logits dropped.
+gradients are formed at once and its logits dropped. With a soft cap c the logits are c tanh(W h / c).
 """
 
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 CHUNK_ELEMENTS = 1 << 22  # logits in memory at a time: 16 MiB in fp32
+
+
+class Head(nn.Linear):
+    """The map from the last hidden vectors to logits, without a bias.
+
+    Args:
+        cap: logits stay within +-cap by cap * tanh(logits / cap); None for no cap.
+    """
+
+    def __init__(self, d_model: int, vocab_size: int, cap: float | None = None):
+        super().__init__(d_model, vocab_size, bias=False)
+        self.cap = cap
+
+    def forward(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+        logits = super().forward(hidden)
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+    def loss(self, hidden: Tensor, targets: Tensor, weights: Tensor | None = None) -> Float[Tensor, ""]:
+        """`linear_cross_entropy` of this head."""
+        return linear_cross_entropy(hidden, self.weight, targets, weights, cap=self.cap)
+
+    def nats(self, hidden: Tensor, targets: Tensor) -> Float[Tensor, " rows"]:
+        """`token_nats` of this head."""
+        return token_nats(hidden, self.weight, targets, cap=self.cap)
 
 
 def linear_cross_entropy(
@@ -21,6 +45,7 @@ def linear_cross_entropy(
     targets: Int[Tensor, " rows"],
     weights: Float[Tensor, " rows"] | None = None,
     bias: Float[Tensor, " vocab"] | None = None,
+    cap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Weighted mean of the cross-entropy in nats; targets below 0 count for nothing. 0 where nothing counts."""
     if hidden.device.type == "cpu" and (targets < 0).any():  # rows without a target need no logits
@@ -29,7 +54,7 @@ def linear_cross_entropy(
     counted = (targets >= 0).to(torch.promote_types(hidden.dtype, torch.float32))
     weights = counted if weights is None else weights.to(counted.dtype) * counted
     weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
-    return _LinearCrossEntropy.apply(hidden, head, targets, weights, bias)
+    return _LinearCrossEntropy.apply(hidden, head, targets, weights, bias, cap)
 
 
 @torch.no_grad()
@@ -38,10 +63,11 @@ def token_nats(
     head: Float[Tensor, "vocab d_model"],
     targets: Int[Tensor, " rows"],
     bias: Float[Tensor, " vocab"] | None = None,
+    cap: float | None = None,
 ) -> Float[Tensor, " rows"]:
     """Cross-entropy of each target in nats, without a gradient; 0 where the target is below 0."""
     parts = zip(*(x.split(_rows(head)) for x in (hidden, targets)))
-    nats = [_chunk_nats(_logits(h, head, bias), t)[0] for h, t in parts]
+    nats = [_chunk_nats(_logits(h, head, bias, cap), t)[0] for h, t in parts]
     return torch.cat(nats) if nats else hidden.new_zeros(0, dtype=torch.float32)
 
 
@@ -55,11 +81,12 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
-def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
+def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
     """Logits in fp32 at least."""
     dtype = _matmul_dtype(hidden)
     logits = (hidden.to(dtype) @ head.to(dtype).T).to(torch.promote_types(hidden.dtype, torch.float32))
-    return logits if bias is None else logits + bias
+    logits = logits if bias is None else logits + bias
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 def _chunk_nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,7 +99,13 @@ def _chunk_nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, bias: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        bias: Tensor | None,
+        cap: float | None,
     ) -> Tensor:
         total = weights.new_zeros(())
         with_gradient = any(x is not None and x.requires_grad for x in (hidden, head, bias))
@@ -86,13 +119,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 h, t, w = hidden[rows], targets[rows], weights[rows]
                 logits = (h.to(dtype) @ head.to(dtype).T).to(weights.dtype)
                 logits = logits if bias is None else logits.add_(bias)
+                logits = logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+                slope = None if cap is None else 1 - (logits / cap).square_()
                 nats, normaliser = _chunk_nats(logits, t)
                 total += (nats * w).sum()
                 if d_hidden is None or d_head is None:
                     continue
                 d_logits = logits.sub_(normaliser[:, None]).exp_()
                 d_logits.scatter_add_(1, t.clamp(min=0)[:, None], -torch.ones_like(w)[:, None])
-                d_logits = d_logits * w[:, None]
+                d_logits = d_logits * w[:, None] if slope is None else d_logits.mul_(slope) * w[:, None]
                 if d_bias is not None:
                     d_bias += d_logits.sum(0)
                 d_logits = d_logits.to(dtype)
@@ -104,6 +139,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor | None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor | None, None]:
         d_hidden, d_head, *rest = (saved * gradients[0].to(saved.dtype) for saved in ctx.saved_tensors)
-        return d_hidden, d_head, None, None, rest[0] if rest else None
+        return d_hidden, d_head, None, None, rest[0] if rest else None, None

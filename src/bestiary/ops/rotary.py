@@ -19,19 +19,21 @@ def rotate(
     *,
     base: float = 10000.0,
     dims: int | None = None,
+    stretch: float = 1.0,
 ) -> Float[Tensor, "batch time heads head_dim"]:
     """Turn pairs of channels by angles that grow with the position, so that q.k depends on their distance alone.
 
     Args:
         base: the slowest pair turns once in about 2 pi base steps.
         dims: turn the first `dims` channels of each head only (even); None for all.
+        stretch: what positions are divided by (position interpolation, arXiv:2306.15595).
     """
     dims = x.shape[-1] if dims is None else dims
     if dims % 2 or not 0 <= dims <= x.shape[-1]:
         raise UsageError(f"dims must be even and at most the head dimension {x.shape[-1]}, not {dims}")
     exact = _exact(x)
     speed = base ** -(torch.arange(0, dims, 2, dtype=exact, device=x.device) / max(dims, 1))
-    angle = position[..., None, None].to(exact) * speed
+    angle = position[..., None, None].to(exact) / stretch * speed
     dtype = dispatch.wide(x.dtype)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     first, second, rest = x.to(dtype).split([dims // 2, dims // 2, x.shape[-1] - dims], dim=-1)

@@ -13,7 +13,6 @@ from torch import Tensor
 from bestiary.data.tokenizer import Tokenizer
 from bestiary.errors import UsageError
 from bestiary.models import LanguageModel
-from bestiary.models.loss import token_nats
 
 IGNORED = -100
 
@@ -110,7 +109,7 @@ def score(
         rows = [encode(example, tokenizer) for example in part]
         inputs, targets = pad(rows, max(len(tokens) for tokens, _ in rows) - 1)
         hidden, _ = model.hidden(inputs)
-        nats += float(token_nats(hidden.flatten(0, 1), model.head.weight, targets.flatten()).sum())
+        nats += float(model.head.nats(hidden.flatten(0, 1), targets.flatten()).sum())
         size += sum(len(example.answer.encode()) for example in part)
         prompts = [tokens[:begin] for tokens, begin in rows]
         most = max(len(tokens) - begin for tokens, begin in rows)
