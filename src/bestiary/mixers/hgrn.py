@@ -6,6 +6,9 @@ y_t = W_o (RMSNorm(h_t) * silu(W_g x_t))
 
 The paper ties the bounds gamma of all L layers by a cumulative softmax over the depth, which begins at l/L in layer
 l = 0 ... L-1. Here each layer learns its own, from the same beginning; the first layer's is 0 and stays there.
+
+Norm and output gate are those of flash-linear-attention's real-valued HGRN, without biases. The paper's own layer is
+complex, h_t = f_t e^{i theta} h_{t-1} + ..., and norms after the gate: LayerNorm(g * [Re h, Im h]).
 """
 
 from typing import Any, NamedTuple

@@ -7,6 +7,9 @@ y_t = W_o RMSNorm(S_t^T q_t / sqrt(K))                q_t = silu(W_q x_t), HGRN'
 The lower bounds keep what deep layers forget in a step small. As published, they are running sums over the layers of a
 softmax, which begins even: lower = layer_index / n_layers. Here each layer learns its own, a sigmoid that begins there;
 they need not stay in order. The first layer has none.
+
+This is flash-linear-attention's layer. The authors' own has biases, sigmoid(W_q x_t) for q, silu(W_v x_t) for v and a
+LayerNorm.
 """
 
 import math

@@ -5,7 +5,8 @@ min_lstm    h_t = (f h_{t-1} + i v_t) / (f + i),               f, i = sigmoid(W_
 both        v_t = W_v x_t + b_v;   y_t = W_o h_t               ops.linear_recurrence
 
 To compute in log-space, the paper makes v positive: g(v) = v + 1/2 where v >= 0, else sigmoid(v) (`positive`). That is
-not needed here: the gates lie in (0, 1) and sum to one, so that the recurrence is stable as it stands.
+not needed here: the gates lie in (0, 1) and sum to one, so that the recurrence is stable as it stands. h_0 is 0; the
+authors' code may learn it, and W_o has a bias there.
 """
 
 from typing import Any, ClassVar, NamedTuple
