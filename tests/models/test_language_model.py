@@ -66,6 +66,34 @@ def test_an_untrained_model_knows_nothing(layout: str) -> None:
     assert math.log(256) - 0.1 < loss.item() < math.log(256 + own) + 0.02**2 * 768 / 2 + 0.1
 
 
+def test_what_stands_around_and_beside_the_layers_is_what_the_configuration_says() -> None:
+    options = {
+        "embedding_scale": 3.0,
+        "embedding_norm": True,
+        "parallel_residual": True,
+        "logit_cap": 2.0,
+        "norm": "layer",
+    }
+    net = model("gla*2", **options)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        x = net.embedding_norm(3.0 * net.embedding(TOKENS))
+        for block in net.blocks:
+            x = x + block.mixer(block.norm(x))[0] + block.channel(block.channel_norm(x))[0]
+        expected = 2.0 * torch.tanh(net.norm(x) @ net.head.weight.T / 2.0)
+        torch.testing.assert_close(net(TOKENS)[0], expected, rtol=1e-12, atol=1e-12)
+        state = net.initial_state(2)
+        for t in range(TOKENS.shape[1]):
+            logits, state = net.step(TOKENS[:, t], state)
+            torch.testing.assert_close(logits, expected[:, t], rtol=1e-9, atol=1e-10)
+    nats = torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+    torch.testing.assert_close(net.loss(TOKENS[:, :-1], TOKENS[:, 1:])[0], nats)
+    assert not torch.allclose(
+        net.loss(TOKENS[:, :-1], TOKENS[:, 1:])[0], torch.tensor(math.log(40)).double(), atol=0.02
+    )
+
+
 def test_the_loss_is_the_mean_cross_entropy_of_what_the_mask_leaves() -> None:
     net = model("gla*1")
     tokens, targets = TOKENS[:, :-1], TOKENS[:, 1:]

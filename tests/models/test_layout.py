@@ -85,7 +85,16 @@ def test_a_broken_layout_is_one_clear_line(layout: str, message: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("d_model", 100), ("d_model", 0), ("vocab_size", 0), ("norm", "batch"), ("norm_eps", 0.0), ("layout", "x")],
+    [
+        ("d_model", 100),
+        ("d_model", 0),
+        ("vocab_size", 0),
+        ("norm", "batch"),
+        ("norm_eps", 0.0),
+        ("layout", "x"),
+        ("logit_cap", 0.0),
+        ("embedding_scale", -1),
+    ],
 )
 def test_a_wrong_field_of_the_configuration_is_named(field: str, value: object) -> None:
     with pytest.raises(UsageError, match=str(value)):

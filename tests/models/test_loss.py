@@ -44,6 +44,21 @@ def test_a_bias_of_the_head_is_part_of_the_loss_its_gradients_and_the_nats(chunk
     torch.testing.assert_close(torch.autograd.grad(frozen, bias)[0], gradients[2])
 
 
+@pytest.mark.parametrize("chunk", [33, 1 << 22])
+def test_a_cap_of_the_logits_is_part_of_the_loss_its_gradients_and_the_nats(chunk, monkeypatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk)
+    hidden, _, targets = problem()
+    head = module.Head(8, 11, cap=1.5).double()
+    logits = 1.5 * torch.tanh(hidden @ head.weight.T / 1.5)
+    expected, found = F.cross_entropy(logits, targets), head.loss(hidden, targets)
+    torch.testing.assert_close(head(hidden), logits, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    wanted = (hidden, head.weight)
+    for a, b in zip(torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(head.nats(hidden, targets).mean(), expected.detach())
+
+
 def test_nats_of_each_token_are_those_of_cross_entropy() -> None:
     hidden, head, targets = problem()
     expected = F.cross_entropy(hidden @ head.T, targets, reduction="none")

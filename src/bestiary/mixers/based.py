@@ -115,7 +115,7 @@ class BasedConv(Mixer):
 
     def __init__(self, d_model: int, *, expand: float = 2.0, conv_kernel: int = 3, residuals: int = 1):
         super().__init__(d_model)
-        self.d_inner, self.residuals = int(expand * d_model), residuals
+        self.d_inner, self.residuals = round(expand * d_model), residuals
         if self.d_inner < 1:
             raise UsageError(f"expand must give at least one channel, not {expand}")
         self.up = nn.Linear(d_model, 2 * self.d_inner)

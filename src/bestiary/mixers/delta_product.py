@@ -51,7 +51,7 @@ class DeltaProduct(DeltaMixer):
     ):
         if n_steps < 1:
             raise UsageError(f"n_steps must be at least 1, not {n_steps}")
-        widths = {"d_key": int(expand_k * d_model), "d_value": int(expand_v * d_model)}
+        widths = {"d_key": round(expand_k * d_model), "d_value": round(expand_v * d_model)}
         super().__init__(
             d_model, n_heads=n_heads, **widths, conv_kernel=conv_kernel, negative=negative, n_steps=n_steps
         )

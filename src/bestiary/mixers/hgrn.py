@@ -43,7 +43,7 @@ class HGRN(Mixer):
 
     def __init__(self, d_model: int, *, expand: float = 1.0, layer_index: int = 0, n_layers: int = 1):
         super().__init__(d_model)
-        self.d_inner, self.first_bound = int(expand * d_model), layer_index / n_layers
+        self.d_inner, self.first_bound = round(expand * d_model), layer_index / n_layers
         if self.d_inner < 1:
             raise UsageError(f"expand must give at least one channel, not {expand}")
         self.input, self.forget, self.gate = (nn.Linear(d_model, self.d_inner, bias=False) for _ in range(3))

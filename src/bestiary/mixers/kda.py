@@ -42,7 +42,7 @@ class KDA(DeltaMixer):
         conv_kernel: int = 4,
         negative: bool = False,
     ):
-        widths = {"d_key": int(expand_k * d_model), "d_value": int(expand_v * d_model)}
+        widths = {"d_key": round(expand_k * d_model), "d_value": round(expand_v * d_model)}
         super().__init__(d_model, n_heads=n_heads, **widths, conv_kernel=conv_kernel, negative=negative)
         self.rank = self.d_value // self.n_heads if rank is None else rank
         check_rate(rank=self.rank)

@@ -37,7 +37,7 @@ class MinRNN(Mixer):
 
     def __init__(self, d_model: int, *, expand: float = 2.0, positive: bool = False):
         super().__init__(d_model)
-        self.d_inner, self.positive = int(expand * d_model), positive
+        self.d_inner, self.positive = round(expand * d_model), positive
         if self.d_inner < 1:
             raise UsageError(f"expand must give at least one channel, not {expand}")
         self.input = nn.Linear(d_model, (1 + self.n_gates) * self.d_inner)

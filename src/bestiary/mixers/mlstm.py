@@ -67,7 +67,7 @@ class MLSTM(Mixer):
         n_layers: int = 1,
     ):
         super().__init__(d_model)
-        self.n_heads, self.d_inner, self.n_layers = n_heads, int(expand * d_model), n_layers
+        self.n_heads, self.d_inner, self.n_layers = n_heads, round(expand * d_model), n_layers
         self.forget = ForgetGate(forget)
         check_heads(n_heads, inner_width=self.d_inner)
         if block < 1 or self.d_inner % block:

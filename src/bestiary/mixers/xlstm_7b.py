@@ -48,7 +48,7 @@ class XLSTM7B(Mixer):
         n_layers: int = 1,
     ):
         super().__init__(d_model)
-        d_key, d_value = int(expand_k * d_model), int(expand_v * d_model)
+        d_key, d_value = round(expand_k * d_model), round(expand_v * d_model)
         check_heads(n_heads, key_width=d_key, value_width=d_value)
         check_rate(norm_eps=norm_eps, gate_cap=math.inf if gate_cap is None else gate_cap)
         self.n_heads, self.gate_cap, self.n_layers = n_heads, gate_cap, n_layers

@@ -58,6 +58,7 @@ KNOWN = {
         Architecture("delta_product", "delta_product*4", "delta rule"),
         Architecture("log_linear_attention", "log_linear_attention*4", "log-linear attention"),
         Architecture("mlstm", "mlstm*8", "xLSTM, matrix memory"),
+        Architecture("xlstm_7b", "xlstm_7b*4", "xLSTM 7B, matrix memory"),
         Architecture("slstm", "slstm*4", "recurrent network"),
         Architecture("m2_gpt", "m2_gpt*4", "long convolution, Monarch MLP"),
         Architecture("striped_hyena", "(striped_hyena attention)*2", "hybrid: modal convolution, attention"),

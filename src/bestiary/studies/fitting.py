@@ -4,7 +4,6 @@ The model's width is a multiple of 32, which is coarse; what is left is made up 
 channel mixer's `d_hidden`, or `expand` where a block has no channel mixer (Mamba). What the user set stays as it is.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 from bestiary import channel_mixers, mixers
@@ -116,11 +115,8 @@ def _inner_width(config: ModelConfig, layer: Layer, option: str) -> int:
 
 def _set(layer: Layer, option: str, width: int, d_model: int) -> Layer:
     if option == "expand":
-        expand = width / d_model
-        if int(expand * d_model) < width:  # mixers cut what rounding left below a whole number
-            expand = math.nextafter(expand, math.inf)
         parts, place = list(layer.parts), _expanding(layer) or 0
-        parts[place] = replace(parts[place], options=parts[place].options | {"expand": expand})
+        parts[place] = replace(parts[place], options=parts[place].options | {"expand": width / d_model})
         return replace(layer, parts=tuple(parts))
     return replace(layer, channel_options=layer.channel_options | {"d_hidden": width})
 

@@ -13,6 +13,7 @@ from typing import Any
 from bestiary.errors import BestiaryError, unknown
 from bestiary.hub.keys import SAME, Form, Key, affine, same
 from bestiary.models import ModelConfig
+from bestiary.models.layout import MOST_LAYERS
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,13 @@ class Fields:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise BestiaryError(f"config.json: {name} must be a positive integer, not {value!r}")
         return value
+
+    def layers(self) -> int:
+        """The number of layers, of which there cannot be very many."""
+        count = self.size("num_hidden_layers")
+        if count > MOST_LAYERS:
+            raise BestiaryError(f"config.json: num_hidden_layers={count} is more than {MOST_LAYERS}")
+        return count
 
     def number(self, name: str, default: float | None = None) -> float:
         """A field that is a number."""

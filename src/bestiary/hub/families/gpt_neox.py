@@ -8,7 +8,7 @@ from bestiary.models.layout import Layer, Part, spell
 
 @family("gpt_neox")
 def read(fields: Fields) -> Recipe:
-    d_model, n_layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
+    d_model, n_layers = fields.size("hidden_size"), fields.layers()
     n_heads, biased = fields.size("num_attention_heads"), bool(fields.get("attention_bias", True))
     fields.must_be("hidden_act", "gelu", default="gelu")
     fields.must_be("hidden_size", d_model // n_heads * n_heads)

@@ -11,7 +11,7 @@ from bestiary.models.layout import Layer, Part, spell
 
 @family("lfm2")
 def read(fields: Fields) -> Recipe:
-    d_model, n_layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
+    d_model, n_layers = fields.size("hidden_size"), fields.layers()
     n_heads, biased = fields.size("num_attention_heads"), bool(fields.get("conv_bias", False))
     head_dim, eps = d_model // n_heads, fields.number("norm_eps", 1e-5)
     full: dict[str, Any] = {

@@ -10,7 +10,7 @@ from bestiary.models.layout import Layer, Part, spell
 
 @family("llama", "mistral", "qwen2", "qwen3")
 def read(fields: Fields) -> Recipe:
-    kind, d_model, n_layers = fields.get("model_type"), fields.size("hidden_size"), fields.size("num_hidden_layers")
+    kind, d_model, n_layers = fields.get("model_type"), fields.size("hidden_size"), fields.layers()
     fields.must_be("hidden_act", "silu", default="silu")
     n_heads, biased = fields.size("num_attention_heads"), bool(fields.get("attention_bias", False))
     head_dim, hidden = fields.size("head_dim", d_model // n_heads), fields.size("intermediate_size")

@@ -12,7 +12,7 @@ PARTS = ("A_log", "D", "in_proj.weight", "x_proj.weight", "dt_proj.weight", "dt_
 
 @family("mamba", "falcon_mamba")
 def read(fields: Fields) -> Recipe:
-    d_model, n_layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
+    d_model, n_layers = fields.size("hidden_size"), fields.layers()
     fields.must_be("hidden_act", "silu", default="silu")
     fields.must_be("use_bias", False, default=False)
     fields.must_be("use_conv_bias", True, default=True)

@@ -11,7 +11,7 @@ PARTS = ("A_log", "D", "dt_bias", "in_proj.weight", "out_proj.weight")
 
 @family("mamba2")
 def read(fields: Fields) -> Recipe:
-    d_model, n_layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
+    d_model, n_layers = fields.size("hidden_size"), fields.layers()
     fields.must_be("hidden_act", "silu", default="silu")
     fields.must_be("use_bias", False, default=False)
     fields.must_be("use_conv_bias", True, default=True)

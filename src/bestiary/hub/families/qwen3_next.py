@@ -14,7 +14,7 @@ from bestiary.models.layout import Layer, Part, spell
 
 @family("qwen3_next")
 def read(fields: Fields) -> Recipe:
-    d_model, n_layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
+    d_model, n_layers = fields.size("hidden_size"), fields.layers()
     fields.must_be("hidden_act", "silu", default="silu")
     eps, biased = fields.number("rms_norm_eps", 1e-6), bool(fields.get("attention_bias", False))
     n_heads, head_dim = fields.size("num_attention_heads"), fields.size("head_dim", 256)

@@ -17,7 +17,7 @@ MAPS = {"input": "linear_x", "gate": "linear_y", "out": "linear_out"}
 
 @family("recurrent_gemma")
 def read(fields: Fields) -> Recipe:
-    d_model, n_layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
+    d_model, n_layers = fields.size("hidden_size"), fields.layers()
     fields.must_be("hidden_activation", "gelu_pytorch_tanh", default="gelu_pytorch_tanh")
     n_heads, hidden = fields.size("num_attention_heads"), fields.size("intermediate_size") // 2
     head_dim = fields.size("head_dim", d_model // n_heads)

@@ -10,7 +10,7 @@ FLAT = Form(lambda tensors: [t.flatten() for t in tensors], lambda tensors: [t[N
 
 @family("rwkv")
 def read(fields: Fields) -> Recipe:
-    d_model, n_layers = fields.size("hidden_size"), fields.size("num_hidden_layers")
+    d_model, n_layers = fields.size("hidden_size"), fields.layers()
     fields.must_be("attention_hidden_size", d_model, default=d_model)
     channel = {"d_hidden": fields.size("intermediate_size", 4 * d_model)}
     config = ModelConfig(
