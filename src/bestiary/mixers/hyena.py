@@ -20,7 +20,7 @@ from bestiary import ops, state
 from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
-from bestiary.mixers.parts import Remembered, ShortConvolution, gpt_init, no_weight_decay
+from bestiary.mixers.parts import FullPrecision, Remembered, ShortConvolution, gpt_init, no_weight_decay
 
 
 @state.register
@@ -31,6 +31,38 @@ class HyenaState(NamedTuple):
     past: ops.ConvolutionState
 
 
+class LagFeatures(FullPrecision):
+    """What a filter's network knows of lag t: t / (l_max - 1), cos(2 pi f t / l_max) and -sin of it, in each band f.
+
+    Args:
+        l_max: number of lags.
+        bands: number of frequencies f, even from 1e-4 to bands - 1.
+        trained: whether the features are parameters that begin so, as in published checkpoints.
+    """
+
+    def __init__(self, l_max: int, bands: int, *, trained: bool = False):
+        super().__init__()
+        self.l_max, self.bands = l_max, bands
+        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        self.weight = nn.Parameter(torch.empty(l_max, 2 * bands + 1, dtype=wide)) if trained else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            self.weight.copy_(self.exact(self.l_max, dtype=torch.float64, device="cpu"))
+
+    def exact(self, lags: int, **place: Any) -> Float[Tensor, "lags features"]:
+        """The features as they begin."""
+        t = torch.arange(lags, **place)[:, None]
+        angle = 2 * math.pi / self.l_max * t * torch.linspace(1e-4, self.bands - 1, self.bands, **place)
+        return torch.cat([t / max(1, self.l_max - 1), angle.cos(), -angle.sin()], dim=-1)
+
+    def forward(self, lags: int, **place: Any) -> Float[Tensor, "lags features"]:
+        """The features of the first `lags` lags."""
+        return self.exact(lags, **place) if self.weight is None else self.weight[:lags].to(**place)
+
+
 class ImplicitFilter(nn.Module):
     """A filter of `channels` channels and up to l_max lags, given by a small network of the lag.
 
@@ -38,20 +70,36 @@ class ImplicitFilter(nn.Module):
         order: width of the network.
         bands: sine and cosine features of the lag.
         frequency: to begin with, of the sine activations; trained.
+        shift: added to the decay, which then ends above zero.
+        modulation: whether there is a decay at all.
+        trained_features: whether the features of the lag are parameters, too.
     """
 
-    def __init__(self, channels: int, l_max: int, *, order: int, bands: int, frequency: float, shift: float = 0.05):
+    def __init__(
+        self,
+        channels: int,
+        l_max: int,
+        *,
+        order: int,
+        bands: int,
+        frequency: float,
+        shift: float = 0.05,
+        modulation: bool = True,
+        trained_features: bool = False,
+    ):
         super().__init__()
         if min(l_max, order, bands) < 1:
             raise UsageError(f"l_max={l_max}, filter_order={order} and filter_bands={bands} must be at least 1")
-        self.channels, self.l_max, self.bands, self.start, self.shift = channels, l_max, bands, frequency, shift
+        self.channels, self.l_max, self.bands, self.start = channels, l_max, bands, frequency
+        self.shift, self.modulation = shift, modulation
+        self.features = LagFeatures(l_max, bands, trained=trained_features)
         widths = [2 * bands + 1, order, order, order]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
         self.last = nn.Linear(order, channels, bias=False)
         self.frequency = nn.Parameter(torch.empty(order))
         for linear in (*self.layers, self.last):
             linear.is_filter = True  # works on lags, not on tokens
-        no_weight_decay(self.frequency)
+        no_weight_decay(self.frequency, *self.features.parameters())
         self.remembered = Remembered()
         self.reset_parameters()
 
@@ -61,6 +109,7 @@ class ImplicitFilter(nn.Module):
             if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
         nn.init.constant_(self.frequency, self.start)
+        self.features.reset_parameters()
 
     def forward(self, lags: int, dtype: torch.dtype) -> Float[Tensor, "channels lags"]:
         """The first `lags` taps, at most l_max, computed in `dtype`."""
@@ -69,16 +118,16 @@ class ImplicitFilter(nn.Module):
 
     def taps(self, lags: int, dtype: torch.dtype) -> Float[Tensor, "channels lags"]:
         place: dict[str, Any] = {"dtype": dtype, "device": self.frequency.device}
-        t = torch.arange(lags, **place)[:, None]
-        angle = 2 * math.pi / self.l_max * t * torch.linspace(1e-4, self.bands - 1, self.bands, **place)
-        t = t / max(1, self.l_max - 1)
-        x = torch.cat([t, angle.cos(), -angle.sin()], dim=-1)
+        x = self.features(lags, **place)
         *hidden, last = (
             (parameter.to(dtype) for parameter in linear.parameters()) for linear in (*self.layers, self.last)
         )
         for weights in hidden:
             x = torch.sin(self.frequency.to(dtype) * nn.functional.linear(x, *weights))
         h = nn.functional.linear(x, *last)
+        if not self.modulation:
+            return h.T
+        t = torch.arange(lags, **place)[:, None] / max(1, self.l_max - 1)
         decay = torch.linspace(math.log(0.01) / 1.5, math.log(0.01) / 0.3, self.channels, **place)
         return (h * ((t * decay).exp() + self.shift)).T
 
@@ -93,6 +142,9 @@ class Hyena(Mixer):
         filter_order: width of the filter's network; the published 64 at widths from 512, at least 16.
         filter_bands: sine and cosine features of the lag.
         frequency: of the network's sine activations, to begin with.
+        shift: added to the filter's decay, which then ends above zero; 0 in the published language models.
+        modulation: whether the filter has a decay; the published weights of 153M parameters have none.
+        trained_features: whether the lag's features are parameters (l_max, 2 filter_bands + 1), as in those weights.
         conv_kernel: taps of the short filter.
     """
 
@@ -104,6 +156,9 @@ class Hyena(Mixer):
         filter_order: int | None = None,
         filter_bands: int = 16,
         frequency: float = 14.0,
+        shift: float = 0.05,
+        modulation: bool = True,
+        trained_features: bool = False,
         conv_kernel: int = 3,
         residuals: int = 1,
     ):
@@ -112,10 +167,19 @@ class Hyena(Mixer):
         order = min(64, max(16, d_model // 8)) if filter_order is None else filter_order
         self.in_proj = nn.Linear(d_model, 3 * d_model)
         self.conv = ShortConvolution(3 * d_model, conv_kernel, bias=True)
-        self.filter = ImplicitFilter(d_model, l_max, order=order, bands=filter_bands, frequency=frequency)
+        self.filter = ImplicitFilter(
+            d_model,
+            l_max,
+            order=order,
+            bands=filter_bands,
+            frequency=frequency,
+            shift=shift,
+            modulation=modulation,
+            trained_features=trained_features,
+        )
         self.beta = nn.Parameter(torch.empty(d_model))
         self.out_proj = nn.Linear(d_model, d_model)
-        no_weight_decay(self.beta)
+        no_weight_decay(self.beta, *self.filter.parameters())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -22,7 +22,7 @@ from bestiary.mixers import register
 from bestiary.mixers.base import NonCausal, check_lengths, keep_real
 from bestiary.mixers.context import Context
 from bestiary.mixers.hyena import ImplicitFilter
-from bestiary.mixers.parts import ShortConvolution, gpt_init, no_weight_decay
+from bestiary.mixers.parts import ShortConvolution, gpt_init, no_weight_decay, slow_learners
 from bestiary.ops.dispatch import wide
 
 
@@ -32,14 +32,16 @@ class TwoSidedConvolution(nn.Module):
     Args:
         channels: number of channels.
         l_max: lags of either filter.
-        network: `order`, `bands` and `frequency` of the filters (see ImplicitFilter), whose decay goes down to zero.
+        network: `order`, `bands`, `frequency` and `trained_features` of the filters (see ImplicitFilter), whose decay
+            goes down to zero.
     """
 
     def __init__(self, channels: int, l_max: int, **network: Any):
         super().__init__()
         self.ahead = ImplicitFilter(channels, l_max, shift=0.0, **network)
         self.back = ImplicitFilter(channels, l_max, shift=0.0, **network)
-        self.back.frequency = self.ahead.frequency  # one parameter for both
+        self.back.frequency, self.back.features = self.ahead.frequency, self.ahead.features  # one for both
+        slow_learners(*self.ahead.features.parameters(), max_lr=1e-5)
         self.beta = nn.Parameter(torch.empty(channels))
         no_weight_decay(self.beta)
         self.reset_parameters()
@@ -67,6 +69,7 @@ class M2(NonCausal):
         filter_order: width of the filters' networks; the published 128 at widths from 512, at least 16.
         filter_bands: sine and cosine features of the lag.
         frequency: of the networks' sine activations, to begin with.
+        trained_features: whether the lag's features are parameters (l_max, 2 filter_bands + 1), as in released weights.
         conv_kernel: taps of the short filter.
         residual_long_conv: whether the input also goes through an ungated convolution.
         input_norm: whether a LayerNorm stands before all of it, as in the checkpoints that were tuned on GLUE.
@@ -83,6 +86,7 @@ class M2(NonCausal):
         filter_order: int | None = None,
         filter_bands: int = 2,
         frequency: float = 10.0,
+        trained_features: bool = False,
         conv_kernel: int = 3,
         residual_long_conv: bool = True,
         input_norm: bool = False,
@@ -90,7 +94,12 @@ class M2(NonCausal):
     ):
         super().__init__(d_model)
         self.l_max, self.released_padding = l_max, released_padding
-        network = {"order": default_order(d_model, filter_order), "bands": filter_bands, "frequency": frequency}
+        network = {
+            "order": default_order(d_model, filter_order),
+            "bands": filter_bands,
+            "frequency": frequency,
+            "trained_features": trained_features,
+        }
         self.norm = nn.LayerNorm(d_model) if input_norm else None
         self.in_proj = nn.Linear(d_model, 3 * d_model)
         self.conv = ShortConvolution(3 * d_model, conv_kernel, bias=True)

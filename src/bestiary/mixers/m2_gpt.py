@@ -48,7 +48,7 @@ class CausalConvolution(nn.Module):
         super().__init__()
         self.filter = ImplicitFilter(channels, l_max, shift=0.0, **network)
         self.beta = nn.Parameter(torch.empty(channels))
-        no_weight_decay(self.beta)
+        no_weight_decay(self.beta, *self.filter.parameters())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -101,10 +101,10 @@ class M2GPT(Hyena):
             filter_order=order,
             filter_bands=filter_bands,
             frequency=frequency,
+            shift=0.0,
             conv_kernel=conv_kernel,
             residuals=residuals,
         )
-        self.filter.shift = 0.0
         network = {"order": order, "bands": filter_bands, "frequency": frequency}
         self.residual = CausalConvolution(d_model, l_max, **network) if residual_long_conv else None
 

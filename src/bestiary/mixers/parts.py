@@ -64,6 +64,17 @@ class ShortConvolution(nn.Module):
         return 2.0 * self.weight.numel()
 
 
+class FullPrecision(nn.Module):
+    """A module whose parameters stay in fp32 at least, also in a model that is turned to half precision."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
+
+        return super()._apply(wide, recurse)
+
+
 class RMSNorm(nn.RMSNorm):
     """nn.RMSNorm that computes in its weight's dtype, whatever autocast hands it."""
 

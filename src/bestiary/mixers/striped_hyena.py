@@ -16,7 +16,6 @@ normal, as in Hyena.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,15 @@ from bestiary import ops, state
 from bestiary.errors import UsageError, unknown
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
-from bestiary.mixers.parts import Remembered, ShortConvolution, check_heads, default_heads, gpt_init, no_weight_decay
+from bestiary.mixers.parts import (
+    FullPrecision,
+    Remembered,
+    ShortConvolution,
+    check_heads,
+    default_heads,
+    gpt_init,
+    no_weight_decay,
+)
 from bestiary.ops import ssm
 
 
@@ -39,7 +46,7 @@ class StripedHyenaState(NamedTuple):
     past: Float[Tensor, "batch *remembered"]
 
 
-class GatedFilter(nn.Module):
+class GatedFilter(FullPrecision):
     """A filter of each channel, to stand between two gates: what StripedHyena's operators differ in.
 
     Its parameters stay in fp32 at least, also in a model that is turned to half precision: a pole of 0.999 is none of
@@ -71,13 +78,6 @@ class GatedFilter(nn.Module):
     def flops(self, context: int) -> float:
         """Forward FLOPs a step."""
         raise NotImplementedError
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def wide(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in (torch.bfloat16, torch.float16) else moved
-
-        return super()._apply(wide, recurse)
 
 
 class GatedOperator(Mixer):
