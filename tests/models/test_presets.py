@@ -6,13 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bestiary import LanguageModel, ModelConfig, UsageError
+from bestiary import LanguageModel, MaskedLanguageModel, ModelConfig, UsageError
 from bestiary.models import presets
 
+CAUSAL = [name for name in presets.names() if isinstance(presets.get(name), ModelConfig)]
 
-def skeleton(name: str) -> LanguageModel:
+
+def skeleton(name: str) -> LanguageModel | MaskedLanguageModel:
+    config = presets.get(name)
     with torch.device("meta"):
-        return LanguageModel(presets.get(name))
+        return LanguageModel(config) if isinstance(config, ModelConfig) else MaskedLanguageModel(config)
 
 
 @pytest.mark.parametrize("name", presets.names())
@@ -59,7 +62,33 @@ def test_both_parametrisations_have_as_many_parameters() -> None:
     assert raw.n_parameters() == presets.about("stripedhyena-7b").parameters
 
 
-@pytest.mark.parametrize("name", presets.names())
+@pytest.mark.parametrize(
+    ("name", "d_model", "max_length", "millions"),
+    [
+        ("m2-bert-80m", 768, 128, 80.27),
+        ("m2-bert-80m-2k", 768, 2048, 81.97),
+        ("m2-bert-80m-8k", 768, 8192, 87.43),
+        ("m2-bert-80m-32k", 768, 32768, 109.25),
+        ("m2-bert-110m", 960, 128, 115.58),
+        ("m2-bert-260m", 1536, 128, 259.13),
+        ("m2-bert-341m", 1792, 128, 341.04),
+    ],
+)
+def test_m2_bert_is_the_published_table_part_by_part(name: str, d_model: int, max_length: int, millions: float) -> None:
+    """Shapes of the published weights: two convolutions a layer, each of two networks and one table of features."""
+    D, inner, order = d_model, 4 * d_model, 128
+    network = 5 * order + order + 2 * (order * order + order) + order * D
+    convolution = D + order + 5 * max_length + 2 * network
+    layer = 3 * D * D + 3 * D + 4 * 3 * D + D * D + D + 2 * convolution + 3 * inner * D // 4 + D + 2 * D
+    ends = (30528 + max_length + 2) * D + 2 * D + D * D + D + 2 * D + 30528
+    assert 12 * layer + ends == presets.about(name).parameters == skeleton(name).n_parameters()
+    assert round(presets.about(name).parameters / 1e6, 2) == millions
+    block = skeleton(name).encoder.blocks[11]
+    assert block.channel.gate_up.weight.shape == (4, 2 * inner // 4, D // 4) and block.norm is None
+    assert block.mixer.residual.ahead.features.weight.shape == (max_length, 5) and block.mixer.norm is None
+
+
+@pytest.mark.parametrize("name", CAUSAL)
 def test_a_preset_made_small_trains_and_decodes(name: str) -> None:
     config = presets.get(name)
     layout = re.sub(r"d_hidden=\d+", "d_hidden=64", config.layout).replace("n_heads=32", "n_heads=4")

@@ -12,7 +12,7 @@ from rich.table import Table
 from bestiary import channel_mixers, mixers
 from bestiary.cli.common import load_language_model, parse, write_json
 from bestiary.errors import UsageError
-from bestiary.models import LanguageModel, ModelConfig, presets
+from bestiary.models import EncoderConfig, LanguageModel, MaskedLanguageModel, ModelConfig, presets
 from bestiary.models.costs import CONTEXTS, Cost, costs, total
 from bestiary.report.format import context, count, size
 
@@ -28,6 +28,7 @@ class Info:
       bestiary info "(mamba*3 attention)*4" --d-model 768 --vocab-size 50280
       bestiary info runs/mymodel                   a folder that `bestiary train` wrote
       bestiary info stripedhyena-7b                a published shape, by name
+      bestiary info m2-bert-80m-32k                another, of an encoder
       bestiary info "gla*12" --contexts 1024 65536
     """
 
@@ -62,14 +63,14 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _model(layout: str, arguments: Info) -> LanguageModel:
+def _model(layout: str, arguments: Info) -> LanguageModel | MaskedLanguageModel:
     """The model that was asked for; one that is only counted holds no numbers."""
     if Path(layout).is_dir():
         return load_language_model(layout)[0]
     known = layout in presets.names()
     config = presets.get(layout) if known else ModelConfig(layout, arguments.d_model, arguments.vocab_size)
     with torch.device("meta"):
-        return LanguageModel(config)
+        return MaskedLanguageModel(config) if isinstance(config, EncoderConfig) else LanguageModel(config)
 
 
 def _table(parts: list[Cost], contexts: tuple[int, ...], what: str) -> Table:

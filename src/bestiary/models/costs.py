@@ -6,6 +6,8 @@ A multiply-add is two FLOPs; elementwise work counts where it dominates. Each mi
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bestiary.models.encoder import MaskedLanguageModel
+from bestiary.models.encoder_stack import EncoderBlock
 from bestiary.models.language_model import Block, LanguageModel
 from bestiary.models.layout import Layer
 
@@ -22,21 +24,21 @@ class Cost:
     state_bytes: dict[int, int]
 
 
-def costs(model: LanguageModel, contexts: Sequence[int] = CONTEXTS) -> list[Cost]:
-    """One Cost for the embedding and head, and one for each layer."""
-    config = model.config
-    head = config.vocab_size * config.d_model
-    tied = head if config.tie_embeddings else 2 * head
-    norms = sum(_count(norm) for norm in (model.embedding_norm, model.norm) if norm is not None)
-    ends = Cost("embedding, head", tied + norms, {c: 2.0 * head for c in contexts}, dict.fromkeys(contexts, 0))
-    found, seen = [ends], set()
-    for block, layer in zip(model.blocks, config.layers):
+def costs(model: LanguageModel | MaskedLanguageModel, contexts: Sequence[int] = CONTEXTS) -> list[Cost]:
+    """One Cost for what stands around the layers (embedding, head), and one for each layer."""
+    blocks = model.blocks if isinstance(model, LanguageModel) else model.encoder.blocks
+    found, seen = list[Cost](), set()
+    for block, layer in zip(blocks, model.config.layers):
         found.append(_layer_cost(block, layer, contexts, new=id(block) not in seen))  # type: ignore[arg-type]
         seen.add(id(block))
-    return found
+    around = model.n_parameters() - sum(cost.parameters for cost in found)
+    head = 2.0 * (model.config.vocab_size or 0) * model.config.d_model
+    if isinstance(model, MaskedLanguageModel):
+        head += 2.0 * model.dense.weight.numel()
+    return [Cost("embedding, head", around, dict.fromkeys(contexts, head), dict.fromkeys(contexts, 0)), *found]
 
 
-def _layer_cost(block: Block, layer: Layer, contexts: Sequence[int], *, new: bool) -> Cost:
+def _layer_cost(block: Block | EncoderBlock, layer: Layer, contexts: Sequence[int], *, new: bool) -> Cost:
     """The cost of a layer; weights that an earlier layer had already count there."""
     parts = [part for part in (block.mixer, block.channel) if part is not None]
     return Cost(

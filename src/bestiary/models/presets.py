@@ -1,6 +1,7 @@
 """Published models as configurations, by name: their shapes, not their weights.
 
     bestiary.models.presets.get("stripedhyena-7b") -> ModelConfig
+    bestiary.models.presets.get("m2-bert-80m") -> EncoderConfig
 
 Each builds a model with as many parameters as the published one. Three things differ by design: norms add their epsilon
 inside the root; the poles of StripedHyena's filters are kept inside the unit circle (`parametrisation=raw` has them as
@@ -11,6 +12,17 @@ from dataclasses import dataclass
 
 from bestiary.errors import unknown
 from bestiary.models.config import ModelConfig
+from bestiary.models.encoder_config import EncoderConfig
+
+M2_BERT = {  # width, longest row, parameters
+    "m2-bert-80m": (768, 128, 80_267_328),
+    "m2-bert-80m-2k": (768, 2048, 81_972_288),
+    "m2-bert-80m-8k": (768, 8192, 87_428_160),
+    "m2-bert-80m-32k": (768, 32768, 109_251_648),
+    "m2-bert-110m": (960, 128, 115_583_616),
+    "m2-bert-260m": (1536, 128, 259_133_760),
+    "m2-bert-341m": (1792, 128, 341_038_144),
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,7 @@ class Preset:
         source: who published it.
     """
 
-    config: ModelConfig
+    config: ModelConfig | EncoderConfig
     parameters: int
     source: str
 
@@ -33,7 +45,7 @@ def names() -> list[str]:
     return sorted(_presets())
 
 
-def get(name: str) -> ModelConfig:
+def get(name: str) -> ModelConfig | EncoderConfig:
     """The configuration of a published model; an unknown name is a UsageError that lists the valid ones."""
     return about(name).config
 
@@ -47,7 +59,8 @@ def about(name: str) -> Preset:
 
 
 def _presets() -> dict[str, Preset]:
-    return {"evo-1-8k": _evo_1(), "stripedhyena-7b": _stripedhyena_7b()}
+    found = {"evo-1-8k": _evo_1(), "stripedhyena-7b": _stripedhyena_7b()}
+    return found | {name: _m2_bert(*shape) for name, shape in M2_BERT.items()}
 
 
 def _stripedhyena_7b() -> Preset:
@@ -68,3 +81,18 @@ def _evo_1() -> Preset:
     layout = f"{hyena}*8 ({attention} {hyena}*7)*3"
     config = ModelConfig(layout, d_model=4096, vocab_size=512, norm_eps=1e-6)
     return Preset(config, 6_452_781_056, "evo-1-8k-base (Nguyen et al. 2024)")
+
+
+def _m2_bert(d_model: int, max_length: int, parameters: int) -> Preset:
+    """The encoder and its head for masked tokens; weights tuned on GLUE have input_norm as well."""
+    mixer = f"m2{{l_max={max_length}, filter_order=128, trained_features=true, channel.d_hidden={4 * d_model}}}"
+    config = EncoderConfig(
+        f"{mixer}*12",
+        d_model,
+        vocab_size=30528,  # 30,522 word pieces, padded
+        max_length=max_length,
+        token_types=2,
+        norm_eps=1e-12,
+        block="m2",
+    )
+    return Preset(config, parameters, "M2-BERT (Fu et al. 2023)")
