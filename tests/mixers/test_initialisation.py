@@ -130,8 +130,8 @@ def test_retnet_gla_and_the_delta_rules() -> None:
     assert all(xavier(part, gain) for part in delta.qkv.weight.chunk(3)) and xavier(delta.out.weight, gain)
     assert all(xavier(part, gain) for part in gated.qkv.weight.split(gated.widths))
     many = layer("gated_delta_net{n_heads=32}")
-    A = many.A_log.exp()
-    assert 0 < A.min() < 3 and 13 < A.max() <= 16 and log_uniform_step(many.dt_bias)
+    A = many.decay.A_log.exp()
+    assert 0 < A.min() < 3 and 13 < A.max() <= 16 and log_uniform_step(many.decay.dt_bias)
 
 
 @pytest.mark.parametrize("index", [0, 1, 3])

@@ -54,9 +54,9 @@ def test_delta_product_begins_as_published() -> None:
     d_key, d_value = 96, 192
     for part in mixer.qkv.weight.split([d_key] * 4 + [d_value] * 3):  # each step's maps are maps of their own
         assert xavier(part, GAIN)
-    assert all(xavier(linear.weight, GAIN) for linear in (mixer.beta, mixer.decay, mixer.gate, mixer.out))
-    A = mixer.A_log.exp()
-    assert 0 < A.min() < 3 and 13 < A.max() <= 16 and log_uniform_step(mixer.dt_bias)
+    assert all(xavier(linear.weight, GAIN) for linear in (mixer.beta, mixer.decay.logits, mixer.gate, mixer.out))
+    A = mixer.decay.A_log.exp()
+    assert 0 < A.min() < 3 and 13 < A.max() <= 16 and log_uniform_step(mixer.decay.dt_bias)
 
 
 @pytest.mark.parametrize("index", range(LAYERS))
@@ -120,10 +120,10 @@ def test_kda_with_one_gate_a_head_is_gated_delta_net() -> None:
     with torch.no_grad():
         for name in ("qkv", "conv", "beta"):
             getattr(kda, name).load_state_dict(getattr(gated, name).state_dict())
-        kda.decay_down.weight.zero_()[:2] = gated.decay.weight
+        kda.decay_down.weight.zero_()[:2] = gated.decay.logits.weight
         kda.decay_up.weight.zero_().unflatten(0, (2, -1))[[0, 1], :, [0, 1]] = 1  # channels of a head share its logit
-        kda.A_log.copy_(gated.A_log[:, None])
-        kda.dt_bias.copy_(gated.dt_bias[:, None].expand_as(kda.dt_bias))
+        kda.A_log.copy_(gated.decay.A_log[:, None])
+        kda.dt_bias.copy_(gated.decay.dt_bias[:, None].expand_as(kda.dt_bias))
     x = inputs(70)
     close(kda(x)[1].memory, gated(x)[1].memory)
     assert not torch.allclose(build("kda", n_heads=2)(x)[1].memory, gated(x)[1].memory)
@@ -155,12 +155,15 @@ def test_delta_product_decays_once_writes_often_and_reads_last() -> None:
     qkv, _ = mixer.conv(mixer.qkv(x), None)
     q, k, v = qkv.split([24, 72, 144], dim=-1)
     k, v = k.unflatten(-1, (3, 2, 12)), v.unflatten(-1, (3, 2, 24))
-    beta, decay = 2 * torch.sigmoid(mixer.beta(x)).unflatten(-1, (3, 2)), F.softplus(mixer.decay(x) + mixer.dt_bias)
+    beta, decay = (
+        2 * torch.sigmoid(mixer.beta(x)).unflatten(-1, (3, 2)),
+        F.softplus(mixer.decay.logits(x) + mixer.decay.dt_bias),
+    )
     q, k = heads(q, 2), k / (k.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     q = q / (q.square().sum(-1, keepdim=True) + 1e-6).sqrt()
     S = torch.zeros(2, 2, 12, 24, dtype=x.dtype)
     for t in range(20):
-        S = S * (-mixer.A_log.exp() * decay[:, t]).exp()[..., None, None]
+        S = S * (-mixer.decay.A_log.exp() * decay[:, t]).exp()[..., None, None]
         for j in range(3):
             key, b = k[:, t, j, :, :, None], beta[:, t, j, :, None, None]
             S = S - b * key @ (key.mT @ S) + b * key * v[:, t, j, :, None]

@@ -9,7 +9,16 @@ from torch.nn import functional as F
 
 from bestiary import state
 from bestiary.mixers.base import Mixer, keep_real
-from bestiary.mixers.parts import RMSNorm, ShortConvolution, check_heads, default_heads, unit, xavier_init
+from bestiary.mixers.parts import (
+    RMSNorm,
+    ShortConvolution,
+    check_heads,
+    default_heads,
+    dt_bias_init,
+    no_weight_decay,
+    unit,
+    xavier_init,
+)
 
 
 @state.register
@@ -103,6 +112,25 @@ class DeltaMixer(Mixer):
         q, k = (unit(z.to(state.memory.dtype)) for z in (q, k))
         q, k = (z.repeat_interleave(self.n_value_heads // self.n_heads, dim=2) for z in (q, k))
         return q, k, v, beta[..., 0], history
+
+
+class ScalarDecay(nn.Module):
+    """A log-decay a head and step, made of the input as Mamba-2 makes it: `softplus_decay` of a linear map."""
+
+    def __init__(self, d_model: int, n_heads: int):
+        super().__init__()
+        self.logits = nn.Linear(d_model, n_heads, bias=False)
+        self.A_log, self.dt_bias = (nn.Parameter(torch.empty(n_heads)) for _ in range(2))
+        no_weight_decay(self.A_log, self.dt_bias)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        xavier_init(self.logits)
+        self.A_log.uniform_(0, 16).clamp_(min=1e-4).log_()
+        dt_bias_init(self.dt_bias)
+
+    def forward(self, x: Float[Tensor, "batch time d_model"], dtype: torch.dtype) -> Float[Tensor, "batch time heads"]:
+        return softplus_decay(self.logits(x).to(dtype), self.A_log, self.dt_bias)
 
 
 def softplus_decay(

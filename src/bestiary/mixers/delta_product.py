@@ -10,7 +10,6 @@ The state's transition is a product of n_steps generalised Householder matrices:
 them rotate, which a single one cannot. It is ops.delta_rule on a time n_steps as fine.
 """
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -19,8 +18,7 @@ from bestiary import ops
 from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import keep_real
-from bestiary.mixers.delta import DeltaMixer, DeltaState, softplus_decay
-from bestiary.mixers.parts import dt_bias_init, no_weight_decay
+from bestiary.mixers.delta import DeltaMixer, DeltaState, ScalarDecay
 
 
 @register("delta_product")
@@ -56,27 +54,22 @@ class DeltaProduct(DeltaMixer):
             d_model, n_heads=n_heads, **widths, conv_kernel=conv_kernel, negative=negative, n_steps=n_steps
         )
         self.gated = gated
-        if gated:
-            self.decay = nn.Linear(d_model, self.n_heads, bias=False)
-            self.A_log, self.dt_bias = (nn.Parameter(torch.empty(self.n_heads)) for _ in range(2))
-            no_weight_decay(self.A_log, self.dt_bias)
+        self.decay = ScalarDecay(d_model, self.n_heads) if gated else None
         self.gate = nn.Linear(d_model, self.d_value, bias=False)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if self.gated:
-            self.A_log.uniform_(0, 16).clamp_(min=1e-4).log_()
-            dt_bias_init(self.dt_bias)
+        if self.decay is not None:
+            self.decay.reset_parameters()
 
     def mix(
         self, x: Float[Tensor, "batch time d_model"], state: DeltaState, lengths: Int[Tensor, " batch"] | None
     ) -> tuple[Float[Tensor, "batch time d_model"], DeltaState]:
         q, k, v, beta, history = self.heads(x, state, lengths)
         log_decay, others = None, self.n_steps - 1
-        if self.gated:  # decay before the first write of a step
-            log_decay = softplus_decay(self.decay(x).to(state.memory.dtype), self.A_log, self.dt_bias)
+        if self.decay is not None:  # decay before the first write of a step
+            log_decay = self.decay(x, state.memory.dtype)
             log_decay = F.pad(keep_real(log_decay, lengths)[:, :, None], (0, 0, 0, others)).flatten(1, 2)
         q = F.pad(q[:, :, None], (0, 0, 0, 0, others, 0)).flatten(1, 2)  # read after the last
         o, memory = ops.delta_rule(q, k, v, beta, log_decay, state=state.memory)

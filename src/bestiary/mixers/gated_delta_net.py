@@ -7,7 +7,6 @@ S_t = (I - beta_t k_t k_t^T) exp(g_t) S_{t-1} + beta_t k_t v_t^T        the recu
 y_t = W_o (RMSNorm(S_t^T q_t / sqrt(K)) * silu(W_g x_t))
 """
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,8 +14,7 @@ from torch.nn import functional as F
 from bestiary import ops
 from bestiary.mixers import register
 from bestiary.mixers.base import keep_real
-from bestiary.mixers.delta import DeltaMixer, DeltaState, softplus_decay
-from bestiary.mixers.parts import dt_bias_init, no_weight_decay
+from bestiary.mixers.delta import DeltaMixer, DeltaState, ScalarDecay
 
 
 @register("gated_delta_net")
@@ -55,23 +53,18 @@ class GatedDeltaNet(DeltaMixer):
             negative=negative,
             norm_eps=norm_eps,
         )
-        self.decay = nn.Linear(d_model, self.n_value_heads, bias=False)
-        self.A_log = nn.Parameter(torch.empty(self.n_value_heads))
-        self.dt_bias = nn.Parameter(torch.empty(self.n_value_heads))
+        self.decay = ScalarDecay(d_model, self.n_value_heads)
         self.gate = nn.Linear(d_model, self.d_value, bias=False)
-        no_weight_decay(self.A_log, self.dt_bias)
         self.reset_parameters()
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        self.A_log.uniform_(0, 16).clamp_(min=1e-4).log_()
-        dt_bias_init(self.dt_bias)
+        self.decay.reset_parameters()
 
     def mix(
         self, x: Float[Tensor, "batch time d_model"], state: DeltaState, lengths: Int[Tensor, " batch"] | None
     ) -> tuple[Float[Tensor, "batch time d_model"], DeltaState]:
         q, k, v, beta, history = self.heads(x, state, lengths)
-        log_decay = softplus_decay(self.decay(x).to(state.memory.dtype), self.A_log, self.dt_bias)
-        o, memory = ops.delta_rule(q, k, v, beta, keep_real(log_decay, lengths), state=state.memory)
+        log_decay = keep_real(self.decay(x, state.memory.dtype), lengths)
+        o, memory = ops.delta_rule(q, k, v, beta, log_decay, state=state.memory)
         return self.out(self.norm(o).flatten(-2) * F.silu(self.gate(x))), DeltaState(history, memory)

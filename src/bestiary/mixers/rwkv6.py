@@ -30,8 +30,8 @@ class RWKV6(RWKVHeads):
         head_size: channels a head; 64, or 32 where d_model is below 256 or no multiple of 64.
         mix_rank: rank of the shifts; 32, 64 from a width of 4096 on, and less below 512.
         decay_rank: rank of the decays; twice that.
-        gn_eps: epsilon of the norm a head.
         train_state: whether the memory before the first step is a parameter instead of zero.
+        gn_eps: epsilon of the norm a head.
     """
 
     channel_mixer = "rwkv6_channel_mix"
@@ -43,8 +43,8 @@ class RWKV6(RWKVHeads):
         head_size: int | None = None,
         mix_rank: int | None = None,
         decay_rank: int | None = None,
-        gn_eps: float = GN_EPS,
         train_state: bool = False,
+        gn_eps: float = GN_EPS,
         layer_index: int = 0,
         n_layers: int = 1,
     ):

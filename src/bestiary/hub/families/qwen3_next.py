@@ -112,10 +112,10 @@ class _Linear:
         ba = rows([self.value_heads] * 2, [2 * self.value_heads], grouped([ratio, ratio], self.heads))
         keys = [
             Key((f"{ours}.qkv.weight", f"{ours}.gate.weight"), (f"{theirs}.in_proj_qkvz.weight",), qkvz),
-            Key((f"{ours}.beta.weight", f"{ours}.decay.weight"), (f"{theirs}.in_proj_ba.weight",), ba),
+            Key((f"{ours}.beta.weight", f"{ours}.decay.logits.weight"), (f"{theirs}.in_proj_ba.weight",), ba),
         ]
         keys += same(f"{ours}.conv.weight", f"{theirs}.conv1d.weight", form=CHANNELS)
-        keys += same(ours, theirs, "A_log", "dt_bias", "norm.weight")
+        keys += same(f"{ours}.decay", theirs, "A_log", "dt_bias") + same(ours, theirs, "norm.weight")
         return keys + same(f"{ours}.out", f"{theirs}.out_proj", "weight")
 
 
