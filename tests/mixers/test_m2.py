@@ -27,7 +27,7 @@ def taps(implicit: nn.Module, l_max: int, lags: int) -> Tensor:
     place = torch.arange(l_max, dtype=torch.float64)[:, None]
     wave = torch.exp(-1j * torch.tensor([1e-4, 1.0], dtype=torch.float64) * 2 * math.pi * place / l_max)
     t = place / max(1, l_max - 1)
-    z = torch.cat([t, wave.real, wave.imag], 1)
+    z = torch.cat([t, wave.real, wave.imag], 1) if implicit.features.weight is None else implicit.features.weight
     for linear in implicit.layers:
         z = torch.sin(implicit.frequency * (z @ linear.weight.T + linear.bias))
     channels = implicit.last.weight.shape[0]
@@ -59,7 +59,9 @@ def by_dense_matrices(mixer: Mixer, u: Tensor, l_max: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"residual_long_conv": False}, {"input_norm": True}], ids=lambda options: "".join(options)
+    "options",
+    [{}, {"residual_long_conv": False}, {"input_norm": True}, {"trained_features": True}],
+    ids=lambda options: "".join(options),
 )
 @pytest.mark.parametrize(("time", "l_max"), [(1, 32), (13, 32), (32, 32), (20, 8)])
 def test_m2_is_its_equation_with_dense_matrices(time: int, l_max: int, options: dict) -> None:
@@ -93,13 +95,32 @@ def test_both_directions_keep_one_sine_frequency() -> None:
     for changed in (mixer, copy.deepcopy(mixer), mixers.build("m2", D).double()):
         assert changed.long.ahead.frequency is changed.long.back.frequency
         assert changed.long.ahead.frequency is not changed.residual.ahead.frequency
+
+
+def test_trained_features_belong_to_both_directions_and_learn_slowly() -> None:
+    mixer = mixers.build("m2", D, l_max=32, trained_features=True)
+    for part in (mixer.long, mixer.residual):
+        features = part.ahead.features.weight
+        assert features is part.back.features.weight and features.shape == (32, 5)
+        assert features._max_lr == 1e-5 and features._no_weight_decay
+        assert not hasattr(part.back.last.weight, "_no_weight_decay")  # the networks decay, other than Hyena's
+    assert mixer.long.ahead.features.weight is not mixer.residual.ahead.features.weight
+    plain = mixers.build("m2", D, l_max=32)
+    missing, unexpected = mixer.load_state_dict(plain.state_dict(), strict=False)
+    assert {name.split(".")[2] for name in missing} == {"features"} and not unexpected
+    x = torch.randn(2, 20, D)
+    torch.testing.assert_close(mixer(x)[0], plain(x)[0], rtol=0, atol=1e-5)
+
+
+def test_a_sine_frequency_and_its_features_are_counted_once() -> None:
+    mixer = mixers.build("m2", D, trained_features=True)
     assert len({id(p) for p in mixer.parameters()}) == len(list(mixer.parameters()))
 
 
-# a layer of M2-BERT-80M at 128 tokens: released name, its shape, our name (None: computed, not stored)
+# a layer of M2-BERT-80M at 128 tokens: released name, its shape, our name
 FILTER = {
     "bias": ((768,), "beta"),
-    "pos_emb.z": ((1, 128, 5), None),
+    "pos_emb.z": ((1, 128, 5), "ahead.features.weight"),
     "implicit_filter.0.weight": ((128, 5), "ahead.layers.0.weight"),
     "implicit_filter.0.bias": ((128,), "ahead.layers.0.bias"),
     "implicit_filter.1.freq": ((1, 128), "ahead.frequency"),
@@ -123,8 +144,8 @@ ATTENTION = {
     "short_filter.bias": ((2304,), "conv.bias"),
     "out_linear.weight": ((768, 768), "out_proj.weight"),
     "out_linear.bias": ((768,), "out_proj.bias"),
-    **{f"filter_fn.{key}": (shape, ours and f"long.{ours}") for key, (shape, ours) in FILTER.items()},
-    **{f"filter_fn2.{key}": (shape, ours and f"residual.{ours}") for key, (shape, ours) in FILTER.items()},
+    **{f"filter_fn.{key}": (shape, f"long.{ours}") for key, (shape, ours) in FILTER.items()},
+    **{f"filter_fn2.{key}": (shape, f"residual.{ours}") for key, (shape, ours) in FILTER.items()},
 }
 MLP = {
     "gated_layers.weight": ((4, 2 * 3072 // 4, 768 // 4), "gate_up.weight"),
@@ -136,7 +157,7 @@ MLP = {
 @pytest.mark.parametrize(
     ("part", "released"),
     [
-        (lambda: mixers.build("m2", 768, l_max=128), ATTENTION),
+        (lambda: mixers.build("m2", 768, l_max=128, trained_features=True), ATTENTION),
         (lambda: channel_mixers.build("m2_mlp", 768, d_hidden=3072), MLP),
     ],
     ids=["mixer", "mlp"],
@@ -144,7 +165,7 @@ MLP = {
 def test_a_layer_has_the_shapes_of_m2_bert_base(part, released: dict) -> None:
     with torch.device("meta"):
         ours = {name: tuple(parameter.shape) for name, parameter in part().named_parameters()}
-    wanted = {name: shape for shape, name in released.values() if name is not None}
+    wanted = {name: shape for shape, name in released.values()}
     assert ours.keys() == wanted.keys()
     for name, shape in wanted.items():
         assert [n for n in ours[name] if n > 1] == [n for n in shape if n > 1]  # (2304, 1, 3) is (2304, 3)
@@ -153,8 +174,9 @@ def test_a_layer_has_the_shapes_of_m2_bert_base(part, released: dict) -> None:
 @pytest.mark.parametrize(("hidden", "published"), [(768, 80.27e6), (960, 115.6e6), (1536, 259.1e6), (1792, 341.04e6)])
 def test_twelve_layers_have_the_published_number_of_parameters(hidden: int, published: float) -> None:
     with torch.device("meta"):
-        parts = [mixers.build("m2", hidden, l_max=128), channel_mixers.build("m2_mlp", hidden)]
-    layer = sum(p.numel() for part in parts for p in part.parameters()) + 2 * hidden + 2 * 128 * 5  # norm, positions
+        m2 = mixers.build("m2", hidden, l_max=128, trained_features=True)
+        parts = [m2, channel_mixers.build("m2_mlp", hidden)]
+    layer = sum(p.numel() for part in parts for p in part.parameters()) + 2 * hidden  # and a norm
     vocab = 30528
     embeddings, head = (vocab + 128 + 2 + 2) * hidden, hidden * (hidden + 1) + 2 * hidden + vocab
     assert 12 * layer + embeddings + head == pytest.approx(published, rel=2e-4)

@@ -3,9 +3,9 @@
     bestiary.models.presets.get("stripedhyena-7b") -> ModelConfig
     bestiary.models.presets.get("m2-bert-80m") -> EncoderConfig
 
-Each builds a model with as many parameters as the published one. Three things differ by design: norms add their epsilon
+Each builds a model with as many parameters as the published one. Two things differ by design: norms add their epsilon
 inside the root; the poles of StripedHyena's filters are kept inside the unit circle (`parametrisation=raw` has them as
-the published weights do, in as many parameters); Evo's GELU is exact, that of `geglu` is the tanh form.
+the published weights do, in as many parameters).
 """
 
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ def _stripedhyena_7b() -> Preset:
 
 def _evo_1() -> Preset:
     """Bytes of DNA; attention in 3 layers of 32. Its context of 131,072 also stretches rotary positions, by 16."""
-    wide = "channel=geglu, channel.d_hidden=10928"
+    wide = "channel=geglu, channel.exact=true, channel.d_hidden=10928"
     hyena = f"striped_hyena{{d_state=8, n_heads=32, {wide}}}"
     attention = f"attention{{n_heads=32, qkv_bias=true, out_bias=true, {wide}}}"
     layout = f"{hyena}*8 ({attention} {hyena}*7)*3"
