@@ -7,6 +7,7 @@ import bestiary
 from bestiary import LanguageModel, ModelConfig
 from bestiary import state as states
 from bestiary.errors import BestiaryError, UsageError
+from bestiary.models.norms import make_norm
 
 LAYOUTS = [f"{name}*2" for name in bestiary.mixers.names() if bestiary.mixers.get(name).causal] + [
     "(mamba gla attention{window=7} rwkv4)*1 hyena{channel=monarch_mlp}"
@@ -92,6 +93,20 @@ def test_what_stands_around_and_beside_the_layers_is_what_the_configuration_says
     assert not torch.allclose(
         net.loss(TOKENS[:, :-1], TOKENS[:, 1:])[0], torch.tensor(math.log(40)).double(), atol=0.02
     )
+
+
+def test_an_outer_epsilon_is_added_to_the_root_and_a_row_of_zeros_has_a_gradient() -> None:
+    norm = make_norm(ModelConfig("gla", 32, norm="rms_outer", norm_eps=0.1)).double()
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 32, dtype=torch.float64)
+    x[1] = 0
+    x.requires_grad_()
+    expected = norm.weight * x.detach() / (x.detach().square().mean(-1, keepdim=True).sqrt() + 0.1)
+    torch.testing.assert_close(norm(x), expected, rtol=1e-12, atol=1e-12)
+    norm(x).sum().backward()
+    assert x.grad.isfinite().all()
+    net = model("gla*2", norm="rms_outer")
+    assert {type(block.norm).__name__ for block in net.blocks} == {"OuterRMSNorm"}
 
 
 def test_the_loss_is_the_mean_cross_entropy_of_what_the_mask_leaves() -> None:

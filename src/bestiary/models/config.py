@@ -7,6 +7,7 @@ from typing import Any
 
 from bestiary.errors import UsageError, unknown
 from bestiary.models import layout as grammar
+from bestiary.models.norms import NORMS
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class ModelConfig:
         layout: which mixer each layer has, e.g. "mamba*4" or "(hyena*3 attention)*2"; see bestiary.models.layout.
         d_model: width, a multiple of 32.
         vocab_size: number of token ids; 256 for bytes.
-        norm: "rms" or "layer", before every mixer and before the head.
+        norm: "rms", "layer" or "rms_outer" (see bestiary.models.norms), before every mixer and before the head.
         norm_eps: its epsilon.
         tie_embeddings: whether the head's weight is the embedding's.
         embedding_std: standard deviation of the embedding at initialisation; by default GPT-2's 0.02 at its width 768,
@@ -47,8 +48,8 @@ class ModelConfig:
             raise UsageError(f"d_model must be a positive multiple of 32, not {self.d_model!r}")
         if not isinstance(self.vocab_size, int) or self.vocab_size < 1:
             raise UsageError(f"vocab_size must be a positive integer, not {self.vocab_size!r}")
-        if self.norm not in ("rms", "layer"):
-            raise unknown("norm", str(self.norm), ("rms", "layer"))
+        if self.norm not in NORMS:
+            raise unknown("norm", str(self.norm), NORMS)
         for name in ("norm_eps", "embedding_std", "embedding_scale", "logit_cap"):
             value = getattr(self, name)
             if not (value is None and name in ("embedding_std", "logit_cap")) and not value > 0:

@@ -17,8 +17,9 @@ from bestiary.errors import UsageError
 from bestiary.mixers import Context
 from bestiary.mixers.parts import gpt_init
 from bestiary.models.encoder_config import ClassifierConfig, EncoderConfig, ImageConfig
-from bestiary.models.encoder_stack import Encoder, make_norm
+from bestiary.models.encoder_stack import Encoder
 from bestiary.models.loss import linear_cross_entropy
+from bestiary.models.norms import make_norm
 
 __all__ = [
     "ClassifierConfig",

@@ -7,8 +7,9 @@ from typing import Any, TypeVar
 
 from bestiary.errors import UsageError, unknown
 from bestiary.models import layout as grammar
+from bestiary.models.norms import NORMS
 
-BLOCKS, NORMS, POOLS = ("pre", "post", "m2"), ("rms", "layer"), ("mean", "first", "last")
+BLOCKS, POOLS = ("pre", "post", "m2"), ("mean", "first", "last")
 BYTES = 256
 C = TypeVar("C", bound="EncoderConfig")
 
@@ -25,7 +26,7 @@ class EncoderConfig:
         features: numbers of a step, where inputs are real-valued sequences in place of tokens.
         max_length: most steps of a row, each place having a learned vector that is added; 0 for none, and any length.
         token_types: kinds of segments, each with a learned vector that is added (BERT: 2); 0 for none.
-        norm: "rms" or "layer".
+        norm: "rms", "layer" or "rms_outer"; see bestiary.models.norms.
         norm_eps: its epsilon.
         block: "pre": x + mixer(norm(x)), and a norm at the end; "post": norm(x + mixer(x)), as BERT; "m2":
             norm(h + mlp(h)) with h = mixer(x), as M2-BERT, whose mixer has a residual path of its own. The last two

@@ -21,6 +21,7 @@ from bestiary.mixers.base import check_lengths, keep_real, real_steps
 from bestiary.mixers.context import unpack
 from bestiary.models.encoder_config import EncoderConfig
 from bestiary.models.layout import Layer, build_blocks
+from bestiary.models.norms import make_norm
 
 
 class EncoderBlock(nn.Module):
@@ -158,9 +159,3 @@ def _blank(x: Tensor, lengths: Tensor) -> Tensor:
     return torch.where(
         mask.reshape(mask.shape + (1,) * (x.ndim - 2)), x, torch.zeros((), dtype=x.dtype, device=x.device)
     )
-
-
-def make_norm(config: EncoderConfig) -> nn.Module:
-    """The norm that a configuration asks for."""
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-    return kind(config.d_model, eps=config.norm_eps)

@@ -23,6 +23,7 @@ from bestiary.models import generation
 from bestiary.models.config import ModelConfig
 from bestiary.models.layout import Layer, build_blocks
 from bestiary.models.loss import Head
+from bestiary.models.norms import make_norm
 
 
 @states.register
@@ -46,11 +47,11 @@ class Block(nn.Module):
     def __init__(self, layer: Layer, config: ModelConfig, **place: int):
         super().__init__()
         self.parallel = config.parallel_residual
-        self.norm = _norm(config)
+        self.norm = make_norm(config)
         self.mixer = layer.build_mixer(config.d_model, **place)
         if not self.mixer.causal:
             raise UsageError(f"mixer {layer.mixer!r} is bidirectional: a language model wants causal ones")
-        self.channel_norm = None if layer.channel is None else _norm(config)
+        self.channel_norm = None if layer.channel is None else make_norm(config)
         self.channel = layer.build_channel(config.d_model, **place)
 
     def initial_state(self, batch_size: int, **kwargs: Any) -> LayerState:
@@ -91,9 +92,9 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
-        self.embedding_norm = _norm(config) if config.embedding_norm else None
+        self.embedding_norm = make_norm(config) if config.embedding_norm else None
         self.blocks = build_blocks(config.layers, functools.partial(Block, config=config))
-        self.norm = _norm(config)
+        self.norm = make_norm(config)
         self.head = Head(config.d_model, config.vocab_size, config.logit_cap)
         self.measures: dict[str, list[Tensor]] = {}  # what parts told about themselves in the last call of `loss`
         for table in (self.embedding, self.head):
@@ -225,8 +226,3 @@ class LanguageModel(nn.Module):
             sample = flat[torch.linspace(0, flat.numel() - 1, min(flat.numel(), 256), device=flat.device).long()]
             digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
-
-
-def _norm(config: ModelConfig) -> nn.Module:
-    kind = nn.RMSNorm if config.norm == "rms" else nn.LayerNorm
-    return kind(config.d_model, eps=config.norm_eps)

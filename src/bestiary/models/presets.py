@@ -3,9 +3,9 @@
     bestiary.models.presets.get("stripedhyena-7b") -> ModelConfig
     bestiary.models.presets.get("m2-bert-80m") -> EncoderConfig
 
-Each builds a model with as many parameters as the published one. Two things differ by design: norms add their epsilon
-inside the root; the poles of StripedHyena's filters are kept inside the unit circle (`parametrisation=raw` has them as
-the published weights do, in as many parameters).
+Each builds a model with as many parameters as the published one. One thing differs by design: the poles of
+StripedHyena's filters are kept inside the unit circle (`parametrisation=raw` has them as the published weights do, in
+as many parameters). StripedHyena-7B was trained with fused norms; without them its code has rms_outer, as Evo's.
 """
 
 from dataclasses import dataclass
@@ -79,7 +79,7 @@ def _evo_1() -> Preset:
     hyena = f"striped_hyena{{d_state=8, n_heads=32, {wide}}}"
     attention = f"attention{{n_heads=32, qkv_bias=true, out_bias=true, {wide}}}"
     layout = f"{hyena}*8 ({attention} {hyena}*7)*3"
-    config = ModelConfig(layout, d_model=4096, vocab_size=512, norm_eps=1e-6)
+    config = ModelConfig(layout, d_model=4096, vocab_size=512, norm="rms_outer", norm_eps=1e-6)
     return Preset(config, 6_452_781_056, "evo-1-8k-base (Nguyen et al. 2024)")
 
 
