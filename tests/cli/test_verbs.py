@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from bestiary.cli import VERBS, main
+from bestiary.ops.native import load
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the dog sleeps on.\n" * 200
 
@@ -165,5 +166,6 @@ def test_doctor_tells_what_runs_and_why(tmp_path, capsys):
     path = tmp_path / "doctor.json"
     assert main(["doctor", "--json", str(path)]) == 0
     found = json.loads(path.read_text())
-    assert found["ops"]["selective_scan"] == {"form": "torch", "why": "plain PyTorch, any device"}
+    assert found["ops"]["attention"] == {"form": "torch", "why": "plain PyTorch, any device"}
+    assert found["ops"]["selective_scan"]["form"] == ("native" if load()[0] is not None else "torch")
     assert found["versions"]["torch"] in capsys.readouterr().out

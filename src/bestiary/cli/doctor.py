@@ -18,6 +18,7 @@ from bestiary import ops
 from bestiary.cli.common import parse, write_json
 from bestiary.data.corpora import PUBLISHED
 from bestiary.data.files import cache_folder
+from bestiary.ops.native import load
 from bestiary.studies.speed import machine
 
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "tyro", "rich", "matplotlib", "jaxtyping")
@@ -54,10 +55,11 @@ def main(argv: list[str]) -> int:
 
 def examine() -> dict[str, Any]:
     """All findings, as one value."""
-    on_cpu = not torch.cuda.is_available()
     versions = {"bestiary": bestiary.__version__, "python": platform.python_version()}
     versions |= {name: _version(name) or "missing" for name in PACKAGES}
-    here = machine() | {"C++ compiler": _compiler() or "none found: not needed, every op has a form in plain PyTorch"}
+    here = machine() | {
+        "C++ compiler": _compiler() or "none found: no kernels are built, every op has a form in plain PyTorch"
+    }
     here |= {"instructions": torch.backends.cpu.get_cpu_capability()}
     return {
         "versions": versions,
@@ -66,9 +68,18 @@ def examine() -> dict[str, Any]:
         "corpora": {"cache": str(cache_folder())}
         | {name: "fetched" if corpus.archive.cached() else "not fetched yet" for name, corpus in PUBLISHED.items()},
         "ops": ops.active(),
-        "verdict": f"All ops run as plain PyTorch on the {'CPU' if on_cpu else 'device of their inputs'}; "
-        "a sequence of one step runs the recurrence itself.",
+        "verdict": _verdict(),
     }
+
+
+def _verdict() -> str:
+    """What runs where, in a sentence or two."""
+    device = "device of their inputs" if torch.cuda.is_available() else "CPU"
+    kernels = [op for op, choice in ops.active().items() if choice["form"] == "native"]
+    rest = f"ops run as plain PyTorch on the {device}; a sequence of one step runs the recurrence itself."
+    if kernels:
+        return f"Compiled for this processor: {', '.join(kernels)}. The other {rest}"
+    return f"All {rest} No compiled kernels: {load()[1]}."
 
 
 def _version(package: str) -> str | None:

@@ -1,7 +1,8 @@
 """Which form of an op runs, and why.
 
-Every op has a recurrent definition ("reference") and a chunked or FFT form in plain PyTorch ("torch"); faster forms may
-be added for some devices. All forms of an op compute the same function and take the same arguments.
+Every op has a recurrent definition ("reference") and a chunked or FFT form in plain PyTorch ("torch"). Some have a
+compiled kernel as well ("native"), which runs wherever it can: in fp32 and half precision on the CPU. All forms of an
+op compute the same function.
 
     with bestiary.ops.use("reference"):   # override, for this context
         ...
@@ -16,7 +17,10 @@ from typing import Any
 import torch
 
 from bestiary.errors import UsageError, unknown
+from bestiary.ops.native import library
 
+_NATIVE = "native"
+_compiled: set[str] = set()
 _forms: dict[str, dict[str, Callable[..., Any]]] = {}
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced_form", default=None)
 
@@ -32,12 +36,40 @@ def form(op: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 
 def choose(op: str, *, time: int) -> Callable[..., Any]:
-    """The function that computes `op` on a sequence of `time` steps."""
-    return _forms[op][_choice(op, time)[0]]
+    """The function that computes `op` on a sequence of `time` steps, where no kernel does."""
+    return _forms[op][_choice(op, time, kernels=False)[0]]
 
 
-def _choice(op: str, time: int) -> tuple[str, str]:
+def has_kernel(op: str) -> None:
+    """Registers that an op has a compiled kernel, which it asks `compiled` about."""
+    _compiled.add(op)
+
+
+def compiled(op: str, *tensors: torch.Tensor | None, why_not: str | None = None) -> bool:
+    """Whether the compiled kernel of an op is to run on these tensors.
+
+    Args:
+        why_not: what speaks against it beside the tensors: options that the kernel does not know.
+
+    Raises UsageError where `use("native")` forces it and it cannot run.
+    """
     forced = _forced.get()
+    if forced not in (None, _NATIVE):
+        return False
+    why_not = why_not or library.refuses(*tensors)
+    if forced == _NATIVE and why_not is not None:
+        raise UsageError(f"op {op} has no compiled form here: {why_not}")
+    return why_not is None
+
+
+def _choice(op: str, time: int, *, kernels: bool = True) -> tuple[str, str]:
+    forced = _forced.get()
+    if kernels and op in _compiled and forced in (None, _NATIVE):
+        found, why = library.load()
+        if found is not None:
+            return _NATIVE, f"{why}; for fp32 and half precision on the CPU, else plain PyTorch"
+    if forced == _NATIVE:
+        forced = None  # ops without a kernel run as ever
     if forced is not None:
         if forced not in _forms[op]:
             raise UsageError(f"op {op} has no form {forced!r}, only {', '.join(sorted(_forms[op]))}")
@@ -49,8 +81,11 @@ def _choice(op: str, time: int) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
-    """Force one form of every op within the context: "reference" (the definitions) or "torch" (chunked, FFT)."""
-    valid = {form for forms in _forms.values() for form in forms}
+    """Force one form of every op within the context: "reference" (definitions), "torch" (chunked, FFT) or "native".
+
+    The last forces the compiled kernels on ops that have one: what they cannot compute is then a UsageError.
+    """
+    valid = {form for forms in _forms.values() for form in forms} | {_NATIVE}
     if name not in valid:
         raise unknown("form of the ops", name, valid)
     token = _forced.set(name)

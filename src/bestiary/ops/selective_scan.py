@@ -20,7 +20,9 @@ from torch.nn import functional as F
 
 from bestiary.errors import unknown
 from bestiary.ops import dispatch, ssm
+from bestiary.ops.native.selective_scan import selective_scan as kernel
 
+dispatch.has_kernel("selective_scan")
 Rule = Callable[[Tensor], tuple[Tensor, Tensor]]
 CHUNK_BYTES = 1 << 20
 """Size of a chunk's states: what the second-level cache of a core holds."""
@@ -53,7 +55,7 @@ def selective_scan(
         discretisation: "euler" (A_bar = exp(dt A), B_bar = dt B, as Mamba has it), "zoh" or "bilinear".
         intervals: factor of the step sizes, the time that passes before each step; None where all are 1.
         state: h before this segment; None for zeros.
-        lengths: real steps of each row of a right-padded batch; padding takes no time (dt = 0).
+        lengths: real steps of each row of a right-padded batch; padding takes no time, and y there means nothing.
     """
     if discretisation not in ("euler", *ssm.RULES):
         raise unknown("discretisation", discretisation, ("euler", *ssm.RULES))
@@ -61,6 +63,16 @@ def selective_scan(
         shape = (*u.shape[::2], A.shape[1])
         state = torch.zeros(shape, dtype=dispatch.wide(u.dtype, A.dtype), device=u.device)
     dtype = state.dtype
+    why_not = None
+    if discretisation != "euler":
+        why_not = f"the kernel discretises by euler, not by {discretisation}"
+    elif intervals is not None and intervals.requires_grad:
+        why_not = "the kernel has no gradient for intervals"
+    if dispatch.compiled("selective_scan", state, why_not=why_not):
+        D, dt_bias, z, intervals = (None if x is None else x.to(dtype) for x in (D, dt_bias, z, intervals))
+        parts = (x.to(dtype) for x in (u, dt, A, B, C))
+        y, state = kernel(tuple(parts), (D, dt_bias, z, intervals), lengths, state, dt_softplus)
+        return y.to(u.dtype), state
     with dispatch.full_precision(u):
         wide, step = u.to(dtype), dt.to(dtype)
         if dt_bias is not None:

@@ -191,7 +191,7 @@ def _speed(results: Results) -> str:
         texts.append(_fastest(speeds, "Decoding", where))
     texts.append(_fastest(results.train_speeds, "Training", "measured"))
     text = " ".join(filter(None, texts))
-    return f"{text} Measured on this machine with plain PyTorch; ratios carry further than numbers." if text else ""
+    return f"{text} Measured on this machine; ratios carry further than numbers." if text else ""
 
 
 def _fastest(speeds: dict, doing: str, where: str) -> str:

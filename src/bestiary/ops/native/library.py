@@ -1,0 +1,78 @@
+"""The compiled kernels: which there are, which this processor runs, and how they are called.
+
+Each instruction set is one shared library beside this file, plain C inside, built when the package was installed if a
+C++ compiler was there. BESTIARY_KERNELS=off switches them off, BESTIARY_KERNELS=avx2 takes the one of that name.
+"""
+
+import ctypes
+import functools
+import os
+import platform
+from pathlib import Path
+
+import torch  # first: it brings the OpenMP library that the kernels then share
+from torch import Tensor
+
+from bestiary.errors import UsageError
+
+VARIABLE = "BESTIARY_KERNELS"
+VERSION = 1  # of the C interface
+FOLDER = Path(__file__).parent
+SETS = {"avx512": ("AVX512",), "avx2": ("AVX2", "AVX512"), "neon": ("DEFAULT", "NEON")}
+"""Instruction sets, the best first, and what torch calls processors that have them."""
+
+
+@functools.cache
+def load() -> tuple[ctypes.CDLL | None, str]:
+    """The library that fits this processor, and why; None where there is none.
+
+    Raises UsageError where BESTIARY_KERNELS names an instruction set that does not exist.
+    """
+    wanted = os.environ.get(VARIABLE, "").strip().lower()
+    if wanted in ("off", "0"):
+        return None, f"{VARIABLE}={wanted} switches the kernels off"
+    if wanted and wanted not in SETS:
+        raise UsageError(f"{VARIABLE} must be off or one of {', '.join(SETS)}, not {wanted!r}")
+    built = {name: path for name in SETS if (path := FOLDER / f"kernels_{name}.so").exists()}
+    if not built:
+        return None, "no kernels were built: install a C++ compiler and then the package again"
+    able = [name for name in built if _runs(name)]
+    if wanted and wanted not in able:
+        return None, f"{VARIABLE}={wanted}, which was not built or which this processor lacks"
+    for name in [wanted] if wanted else able:
+        try:
+            library = ctypes.CDLL(str(built[name]))
+            library.bestiary_version.restype = ctypes.c_int64
+        except (OSError, AttributeError) as error:
+            return None, f"{built[name].name} does not load: {error}"
+        if library.bestiary_version() != VERSION:
+            return None, f"{built[name].name} is of another version: install the package again"
+        return library, f"{name} kernels" + (f", by {VARIABLE}" if wanted else ", the best that this processor runs")
+    return None, f"this processor runs none of the kernels that were built ({', '.join(built)})"
+
+
+def _runs(name: str) -> bool:
+    """Whether this processor has the instruction set."""
+    arm = platform.machine().lower() in ("arm64", "aarch64")
+    return arm if name == "neon" else not arm and torch.backends.cpu.get_cpu_capability() in SETS[name]
+
+
+def refuses(*tensors: Tensor | None) -> str | None:
+    """Why the kernels do not take these tensors; None where they do: fp32 on the CPU."""
+    library, why = load()
+    if library is None:
+        return why
+    for tensor in tensors:
+        if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype != torch.float32):
+            return f"the kernels compute in fp32 on the CPU, not in {tensor.dtype} on {tensor.device.type}"
+    return None
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """The address of a tensor's first number; None for none."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def rows(tensor: Tensor) -> Tensor:
+    """The tensor itself where its last dimension lies in one piece, else a copy that does."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

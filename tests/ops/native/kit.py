@@ -1,0 +1,59 @@
+"""What the tests of the compiled kernels share: a kernel against the definition in float64, values and gradients."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from ops.forms import relative, run
+from torch import Tensor
+
+from bestiary.ops.native import load
+
+LIMIT = 2e-6
+"""Largest error of a kernel, as a share of the largest entry of each result."""
+
+needed = pytest.mark.skipif(load()[0] is None, reason=f"no compiled kernels: {load()[1]}")
+
+
+def check_kernel(op: Callable[..., Any], inputs: Sequence[Tensor], *, limit: float = LIMIT) -> None:
+    """The kernel is the float64 definition, output, state and every gradient, on inputs that fp32 holds exactly."""
+    rounded = [x.float() for x in inputs]
+    exact = run(op, rounded, "reference", torch.float64)
+    found = run(op, rounded, "native", torch.float32)
+    assert relative(found, exact) < limit
+
+
+def check_threads(op: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+    """One thread and two give the same bits."""
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(run(op, [x.float() for x in inputs], "native", torch.float32))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def check_layouts(op: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+    """Inputs that do not lie in one piece give the same bits as copies that do."""
+    spread = [torch.stack([x.float(), x.float() + 1], dim=-1)[..., 0] for x in inputs]
+    assert all(not x.is_contiguous() or x.numel() < 2 for x in spread)
+    for a, b in zip(
+        run(op, spread, "native", torch.float32), run(op, [x.contiguous() for x in spread], "native", torch.float32)
+    ):
+        assert torch.equal(a, b)
+
+
+def in_process(code: str, **environment: str) -> str:
+    """What a Python of its own prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
