@@ -14,7 +14,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 # threads of each test process: they run side by side
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-FILES := src tests
+FILES := src tests setup.py
+KERNELS := $(wildcard csrc/*.h csrc/*.cpp)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-dev run test test-all lint corpora clean
@@ -31,10 +32,10 @@ setup: $(VENV)/.ready
 
 setup-dev: $(VENV)/.dev-ready
 
-$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
+$(VENV)/.ready: pyproject.toml setup.py $(KERNELS) $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "bestiary needs Python 3.10 or newer; set PYTHON=...")'
 	@command -v c++ >/dev/null 2>&1 && echo "C++ compiler: $$(c++ --version | head -n 1)" \
-		|| echo "no C++ compiler: everything runs as pure PyTorch"
+		|| echo "no C++ compiler: no kernels are built, everything runs as pure PyTorch"
 	@echo "creating $(VENV)"
 	@$(PYTHON) -m venv $(VENV)
 	@echo "installing $(TORCH)"
@@ -68,5 +69,6 @@ test-all: lint corpora
 	$(ONE_THREAD) $(BIN)/pytest -n $(JOBS) -m ""
 
 clean:
+	rm -f src/bestiary/ops/native/kernels_*.so
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build src/bestiary.egg-info
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

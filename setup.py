@@ -1,11 +1,12 @@
 """The compiled kernels: one shared library for each instruction set, plain C inside, optional.
 
-No compiler, or one that fails, costs speed alone: the package installs without the library. What is built depends on the
-platform, not on the versions of Python and PyTorch, and the wheel is tagged so.
+No compiler, or one that fails, costs speed alone: the package installs without the library. What is built depends on
+the platform, not on the versions of Python and PyTorch, and the wheel is tagged so.
 """
 
 import platform
 import sys
+from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -19,7 +20,7 @@ SETS = {
     "x86_64": {"avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"]},
     "aarch64": {"neon": ["-march=armv8.2-a"]},
 }
-COMMON = "-std=c++20 -O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wno-psabi".split()
+COMMON = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 
 
 def kernels() -> list[Extension]:
@@ -31,8 +32,8 @@ def kernels() -> list[Extension]:
         Extension(
             f"bestiary.ops.native.kernels_{name}",
             ["csrc/kernels.cpp"],
-            depends=["csrc/parallel.h", "csrc/selective_scan.h", "csrc/vec.h"],
-            extra_compile_args=[*COMMON, *openmp, *flags],
+            depends=sorted(str(path) for path in Path("csrc").glob("*.h")),
+            extra_compile_args=[*COMMON, "-Wno-psabi", *openmp, *flags],
             extra_link_args=[*openmp, *static],
             language="c++",
             optional=True,

@@ -2,6 +2,7 @@
 //
 // The interface is C and knows pointers and sizes alone, so that it depends on no version of Python or PyTorch. Whoever
 // calls answers for shapes and for buffers that are large enough (src/bestiary/ops/native).
+#include "matvec.h"
 #include "selective_scan.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -25,6 +26,15 @@ EXPORT i64 bestiary_scan_groups(i64 channels) {
 }
 EXPORT void bestiary_scan_forward(const Scan* s) { scan::forward(*s); }
 EXPORT void bestiary_scan_backward(const Scan* s, const ScanBack* r) { scan::backward(*s, *r); }
+
+EXPORT i64 bestiary_pack_bytes(i64 format, i64 outputs, i64 inputs) {
+  return matvec::panels(outputs) * matvec::panel_bytes(format, inputs);
+}
+EXPORT void bestiary_pack(const Matrix* m, const float* w, char* to, float* scales) { matvec::pack(*m, w, to, scales); }
+EXPORT void bestiary_unpack(const Matrix* m, i64 first, i64 count, float* w) { matvec::unpack(*m, first, count, w); }
+EXPORT void bestiary_multiply(const Matrix* m, i64 rows, const float* x, i64 x_row, float* y, i64 y_row) {
+  matvec::multiply(*m, rows, x, x_row, y, y_row);
+}
 
 // For tests: the functions of vec.h on n numbers, n a multiple of the lanes.
 EXPORT void bestiary_elementwise(i64 n, i64 which, const float* x, float* y) {

@@ -40,6 +40,8 @@ class MixtureOfExperts(Pointwise):
         balance: weight of the balance term in the training loss; 0 for none.
     """
 
+    unpacked = ("router",)
+
     def __init__(
         self,
         d_model: int,

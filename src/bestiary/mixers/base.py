@@ -36,6 +36,9 @@ class Mixer(nn.Module):
     cached_activations: tuple[str, ...] = ()
     """Fields of the state that hold copies of activations (a KV cache) and so may stay in half precision."""
 
+    unpacked: ClassVar[tuple[str, ...]] = ()
+    """Linear maps whose weight the mixer reads itself, so that it cannot be packed for decoding."""
+
     def __init__(self, d_model: int):
         super().__init__()
         if d_model < 1 or d_model % 32:

@@ -33,6 +33,8 @@ class GRU(Mixer):
         d_model: width of input, output and state.
     """
 
+    unpacked = ("recurrent",)
+
     def __init__(self, d_model: int):
         super().__init__(d_model)
         self.input = nn.Linear(d_model, 3 * d_model)

@@ -35,6 +35,8 @@ class LSTM(Mixer):
         forget_bias: of the forget gate to begin with; 1 remembers (Jozefowicz et al. 2015).
     """
 
+    unpacked = ("recurrent",)
+
     def __init__(self, d_model: int, *, forget_bias: float = 1.0):
         super().__init__(d_model)
         self.forget_bias = forget_bias

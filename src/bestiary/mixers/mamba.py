@@ -54,6 +54,8 @@ class Mamba(Mixer):
     channel_mixer = None
     timed = True
 
+    unpacked = ("dt_proj",)
+
     def __init__(
         self,
         d_model: int,

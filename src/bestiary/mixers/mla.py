@@ -49,6 +49,8 @@ class MLA(Mixer):
     attends = True
     cached_activations = ("latents",)
 
+    unpacked = ("kv_up",)
+
     def __init__(
         self,
         d_model: int,

@@ -19,7 +19,7 @@ from bestiary import state as states
 from bestiary.errors import UsageError
 from bestiary.mixers import Context
 from bestiary.mixers.parts import gpt_init
-from bestiary.models import generation
+from bestiary.models import generation, packing
 from bestiary.models.config import ModelConfig
 from bestiary.models.layout import Layer, build_blocks
 from bestiary.models.loss import Head
@@ -208,6 +208,10 @@ class LanguageModel(nn.Module):
     def stream(self, tokens: Tensor | list[list[int]], **options: Any) -> Iterator[Tensor]:
         """Continue prompts, a step at a time; see bestiary.models.generation.stream."""
         return generation.stream(self, tokens, **options)
+
+    def packed(self, weights: str = "fp32") -> "LanguageModel":
+        """A copy for decoding on the CPU, its matrices in "fp32", "bf16", "int8" or "int4"; see models.packing."""
+        return packing.packed(self, weights)
 
     def n_parameters(self) -> int:
         """Number of parameters, shared ones once."""

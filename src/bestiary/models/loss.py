@@ -71,6 +71,11 @@ def token_nats(
     return torch.cat(nats) if nats else hidden.new_zeros(0, dtype=torch.float32)
 
 
+def logit_nats(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Cross-entropy of each target in nats, from logits; 0 where the target is below 0."""
+    return _chunk_nats(logits, targets)[0]
+
+
 def _rows(head: Tensor) -> int:
     return max(1, CHUNK_ELEMENTS // head.shape[0])
 

@@ -1,0 +1,98 @@
+"""Matrices packed for products with few rows, in fp32, bf16, int8 or int4 (csrc/matvec.h)."""
+
+import ctypes
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bestiary.errors import UsageError, unknown
+from bestiary.ops.native.library import load, pointer
+
+FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
+"""int8: symmetric, a scale an output; int4: symmetric, a scale in bf16 for each 32 inputs of an output."""
+PANEL = 16
+FEW_ROWS = 32
+"""So many rows at most go through the kernel; more are a product of dense matrices."""
+PIECE = 1 << 22
+"""Numbers that are unpacked at a time for such a product."""
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("outputs", "inputs", "format")] + [
+        (name, ctypes.c_void_p) for name in ("data", "scales", "bias")
+    ]
+
+
+def _library() -> ctypes.CDLL:
+    library, why = load()
+    if library is None:
+        raise UsageError(f"packed weights need the compiled kernels: {why}")
+    if library.bestiary_multiply.argtypes is None:
+        size, address = ctypes.c_int64, ctypes.c_void_p
+        library.bestiary_pack_bytes.restype = size
+        library.bestiary_pack_bytes.argtypes = [size] * 3
+        library.bestiary_pack.argtypes = [address] * 4
+        library.bestiary_unpack.argtypes = [address, size, size, address]
+        library.bestiary_multiply.argtypes = [address, size, address, size, address, size]
+    return library
+
+
+class PackedMatrix:
+    """A matrix (outputs, inputs) that was packed once.
+
+    Args:
+        weight: of any floating-point type, on the CPU.
+        form: one of FORMATS.
+        bias: added to each product; None for none.
+    """
+
+    def __init__(
+        self, weight: Float[Tensor, "outputs inputs"], form: str, bias: Float[Tensor, " outputs"] | None = None
+    ):
+        if form not in FORMATS:
+            raise unknown("format of packed weights", form, FORMATS)
+        self.library, self.form, self.shape = _library(), form, tuple(weight.shape)
+        weight = weight.detach().to(torch.float32).contiguous()
+        size = self.library.bestiary_pack_bytes(FORMATS[form], *self.shape)
+        self.data = torch.empty(size, dtype=torch.uint8)
+        self.scales = torch.empty(-(-self.shape[0] // PANEL) * PANEL if form == "int8" else 0)
+        self.bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
+        self._fields = _Matrix(*self.shape, FORMATS[form], *(pointer(x) for x in (self.data, self.scales, self.bias)))
+        self._address = ctypes.byref(self._fields)
+        self.library.bestiary_pack(self._address, weight.data_ptr(), self.data.data_ptr(), self.scales.data_ptr())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.data.nbytes + self.scales.nbytes + (0 if self.bias is None else self.bias.nbytes)
+
+    def rows(self, first: int, count: int) -> Float[Tensor, "count inputs"]:
+        """The weights of some outputs as numbers again."""
+        if not 0 <= first <= first + count <= self.shape[0]:
+            raise UsageError(f"rows {first}..{first + count} are not among the {self.shape[0]} of this matrix")
+        weight = torch.empty(count, self.shape[1])
+        self.library.bestiary_unpack(self._address, first, count, weight.data_ptr())
+        return weight
+
+    def multiply(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+        """x W^T + b, x and sums in fp32; for the bf16 format and many rows, x is rounded too."""
+        flat = x.reshape(-1, self.shape[1]).to(torch.float32)
+        flat = flat if flat.stride(-1) == 1 else flat.contiguous()
+        if len(flat) <= FEW_ROWS:
+            y = torch.empty(len(flat), self.shape[0])
+            self.library.bestiary_multiply(
+                self._address, len(flat), flat.data_ptr(), flat.stride(0), y.data_ptr(), self.shape[0]
+            )
+        else:
+            y = self._dense(flat)
+        return y.reshape(*x.shape[:-1], self.shape[0])
+
+    def _dense(self, x: Tensor) -> Tensor:
+        """The same for many rows, some outputs at a time."""
+        y, step = torch.empty(len(x), self.shape[0]), max(PANEL, PIECE // self.shape[1] // PANEL * PANEL)
+        x = x.to(torch.bfloat16) if self.form == "bf16" else x
+        for first in range(0, self.shape[0], step):
+            count = min(step, self.shape[0] - first)
+            y[:, first : first + count] = x @ self.rows(first, count).to(x.dtype).t()
+        return y if self.bias is None else y.add_(self.bias)

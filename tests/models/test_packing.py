@@ -1,0 +1,116 @@
+"""A packed model computes what the model does, within the rounding of its weights; matrices come back as packed."""
+
+import pytest
+import torch
+from ops.native.kit import in_process, needed
+
+import bestiary
+from bestiary import LanguageModel, ModelConfig, UsageError
+from bestiary.models import packing
+from bestiary.ops.native.matvec import FORMATS, PackedMatrix
+
+pytestmark = needed
+CAUSAL = [name for name in bestiary.mixers.names() if bestiary.mixers.get(name).causal]
+ROUNDING = {"fp32": 0.0, "bf16": 2**-8, "int8": 1 / 254, "int4": 1 / 8}
+"""Largest error of a weight: of bf16 as a share of itself, of the others of the largest in its group or row.
+
+In int4 the largest becomes -8 steps; what lies opposite to it ends at 7, an eighth earlier."""
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 5), (16, 32), (50, 70), (33, 1000)])
+def test_products_are_those_of_the_rounded_matrix_for_few_rows_and_many(form: str, outputs: int, inputs: int) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+    matrix = PackedMatrix(weight, form, bias)
+    rounded = matrix.rows(0, outputs)
+    for rows in (0, 1, 2, 3, 4, 7, 8, 13, 32, 33, 70):
+        x = torch.randn(rows, inputs)
+        y = matrix.multiply(x)
+        given = x.bfloat16() if form == "bf16" and rows > 32 else x
+        expected = given.double() @ rounded.double().T + bias.double()
+        limit = 1e-2 if given.dtype == torch.bfloat16 else 2**-22 * inputs**0.5  # bf16 products are rounded to bf16
+        if rows:
+            assert (y - expected).abs().max() <= limit * max(1.0, expected.abs().max().item())
+    assert torch.equal(matrix.rows(outputs - 1, 1), rounded[-1:])
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_weights_are_rounded_to_the_nearest(form: str) -> None:
+    torch.manual_seed(1)
+    weight = torch.randn(40, 96) * torch.logspace(-3, 3, 40)[:, None]
+    rounded = PackedMatrix(weight, form).rows(0, 40)
+    off = (rounded - weight).abs()
+    if form == "int4":
+        largest = weight.unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True).expand(-1, -1, 32).flatten(1)
+    else:
+        largest = weight.abs() if form == "bf16" else weight.abs().amax(1, keepdim=True)
+    assert (off <= ROUNDING[form] * 1.01 * largest + 1e-30).all()
+    assert torch.equal(PackedMatrix(torch.zeros(3, 7), form).rows(0, 3), torch.zeros(3, 7))
+
+
+def test_rows_that_are_not_there_are_refused() -> None:
+    matrix = PackedMatrix(torch.randn(5, 4), "fp32")
+    with pytest.raises(UsageError, match=r"rows 4\.\.6 are not among the 5"):
+        matrix.rows(4, 2)
+    with pytest.raises(UsageError, match="unknown format of packed weights 'int3'"):
+        PackedMatrix(torch.randn(5, 4), "int3")
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_every_mixer_computes_the_same_packed(name: str) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(f"{name}*2", 32, vocab_size=40)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    tokens = torch.randint(40, (2, 40))
+    fast = model.packed("fp32")
+    with torch.no_grad():
+        expected, after = model(tokens)
+        found, state = fast(tokens)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * expected.abs().max().item())
+        step, _ = fast.step(tokens[:, 0], state)
+        wanted, _ = model.step(tokens[:, 0], after)
+    torch.testing.assert_close(step, wanted, rtol=1e-4, atol=2e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rounded_models_are_the_models_of_the_rounded_weights(tied: bool) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig("mamba gla attention", 64, vocab_size=50, tie_embeddings=tied)).eval()
+    tokens = torch.randint(50, (1, 20))
+    for form in FORMATS:
+        fast = model.packed(form)
+        rounded = LanguageModel(model.config).eval()
+        rounded.load_state_dict(model.state_dict())
+        modules = dict(fast.named_modules())
+        with torch.no_grad():
+            for name, module in rounded.named_modules():
+                if isinstance(modules[name], packing.PackedLinear):
+                    module.weight.copy_(modules[name].matrix.rows(0, module.weight.shape[0]))
+            torch.testing.assert_close(fast(tokens)[0], rounded(tokens)[0], rtol=1e-4, atol=1e-5)
+        assert fast.generate([[1, 2, 3]], max_new_tokens=5) == rounded.generate([[1, 2, 3]], max_new_tokens=5)
+    sizes = [packing.nbytes(model.packed(form)) for form in FORMATS]
+    assert sizes == sorted(sizes, reverse=True) and sizes[3] < 0.5 * sizes[0]
+
+
+def test_a_packed_head_tells_the_loss_of_each_token() -> None:
+    model = LanguageModel(ModelConfig("gla", 32, vocab_size=40, logit_cap=3.0)).eval()
+    tokens = torch.randint(40, (1, 300))
+    fast = model.packed("fp32")
+    with torch.no_grad():
+        for net in (model, fast):
+            hidden = net.hidden(tokens[:, :-1])[0].flatten(0, 1)
+            nats = net.head.nats(hidden, tokens[0, 1:])
+            expected = torch.nn.functional.cross_entropy(model(tokens[:, :-1])[0][0], tokens[0, 1:], reduction="none")
+            torch.testing.assert_close(nats, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_without_kernels_packing_says_what_is_missing() -> None:
+    code = (
+        "from bestiary import *\n"
+        "try: LanguageModel(ModelConfig('gla', 32)).packed()\n"
+        "except UsageError as error: print(error)"
+    )
+    assert "packed weights need the compiled kernels" in in_process(code, BESTIARY_KERNELS="off")
