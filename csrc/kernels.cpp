@@ -2,6 +2,7 @@
 //
 // The interface is C and knows pointers and sizes alone, so that it depends on no version of Python or PyTorch. Whoever
 // calls answers for shapes and for buffers that are large enough (src/bestiary/ops/native).
+#include "mamba_layer.h"
 #include "matvec.h"
 #include "selective_scan.h"
 
@@ -34,6 +35,11 @@ EXPORT void bestiary_pack(const Matrix* m, const float* w, char* to, float* scal
 EXPORT void bestiary_unpack(const Matrix* m, i64 first, i64 count, float* w) { matvec::unpack(*m, first, count, w); }
 EXPORT void bestiary_multiply(const Matrix* m, i64 rows, const float* x, i64 x_row, float* y, i64 y_row) {
   matvec::multiply(*m, rows, x, x_row, y, y_row);
+}
+
+EXPORT void bestiary_mamba_layer(const MambaLayer* l, i64 rows, const float* input, const float* history, const float* h,
+                                 float* output, float* new_history, float* new_h) {
+  mamba_layer::step(*l, rows, input, history, h, output, new_history, new_h);
 }
 
 // For tests: the functions of vec.h on n numbers, n a multiple of the lanes.

@@ -91,6 +91,16 @@ inline vi unsigned_lanes(const void* p) {
 #endif
 }
 
+// The lowest four bits of each lane, less 8.
+inline vf nibbles(vi x) {
+#if defined(__AVX512F__)
+  const vf table = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+  return reinterpret_cast<vf>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(x), reinterpret_cast<__m512>(table)));
+#else
+  return __builtin_convertvector((x & 15) - 8, vf);
+#endif
+}
+
 // The weights of input k and vector v of a panel, in formats 0 to 2.
 template <int F>
 inline vf weights(const char* panel, i64 k, int v) {
@@ -139,7 +149,7 @@ inline void panel_times_int4(const char* panel, i64 inputs, const float* x, vf (
 #pragma GCC unroll 4
       for (int k = 0; k < GROUP / 2; k++) {
         vi whole = unsigned_lanes(panel + k * P + v * W);
-        vf low = __builtin_convertvector((whole & 15) - 8, vf), high = __builtin_convertvector((whole >> 4) - 8, vf);
+        vf low = nibbles(whole), high = nibbles(whole >> 4);
         const float* xk = x + (g * GROUP + 2 * k) * R;
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++) part[0][r] += low * xk[r], part[1][r] += high * xk[R + r];
@@ -174,6 +184,16 @@ inline void panel_rows(const Matrix& m, i64 panel, i64 rows, i64 long_x, const f
   if (rows - r >= 1) rows_times<F, 1>(m, panel, x + r * long_x, y + r * y_row, y_row);
 }
 
+// The same in the matrix's own format; x as `interleave` lays it.
+inline void any_panel(const Matrix& m, i64 panel, i64 rows, i64 long_x, const float* x, float* y, i64 y_row) {
+  switch (m.format) {
+    case 0: return panel_rows<0>(m, panel, rows, long_x, x, y, y_row);
+    case 1: return panel_rows<1>(m, panel, rows, long_x, x, y, y_row);
+    case 2: return panel_rows<2>(m, panel, rows, long_x, x, y, y_row);
+    default: return panel_rows<3>(m, panel, rows, long_x, x, y, y_row);
+  }
+}
+
 // x (rows, inputs) in pieces of 8, 4, 2 and 1 rows, each (inputs, piece), zeros up to whole groups of inputs.
 inline void interleave(const Matrix& m, i64 rows, const float* x, i64 x_row, float* to) {
   const i64 length = groups(m.inputs) * GROUP;
@@ -191,12 +211,7 @@ void multiply(const Matrix& m, i64 rows, const float* x, i64 x_row, float* y, i6
   float* given = buffer;
   interleave(m, rows, x, x_row, given);
   parallel(panels(m.outputs), rows * m.outputs * m.inputs, 0, [&](float*, i64 panel) {
-    switch (m.format) {
-      case 0: return panel_rows<0>(m, panel, rows, length, given, y, y_row);
-      case 1: return panel_rows<1>(m, panel, rows, length, given, y, y_row);
-      case 2: return panel_rows<2>(m, panel, rows, length, given, y, y_row);
-      default: return panel_rows<3>(m, panel, rows, length, given, y, y_row);
-    }
+    any_panel(m, panel, rows, length, given, y, y_row);
   });
 }
 

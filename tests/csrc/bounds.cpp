@@ -59,10 +59,52 @@ void selective_scan(i64 batch, i64 time, i64 channels, i64 states, bool gated, b
   bestiary_scan_backward(&s, &r);
 }
 
+// A matrix in a format, in memory of exactly its size.
+struct Packed {
+  Matrix m = {};
+  std::vector<char> data;
+  std::vector<float> scales;
+  Packed(Pool& pool, i64 outputs, i64 inputs, i64 format, bool bias) {
+    m.outputs = outputs, m.inputs = inputs, m.format = format;
+    data.resize(bestiary_pack_bytes(format, outputs, inputs));
+    scales.resize(format == 2 ? (outputs + 15) / 16 * 16 : 0);
+    m.data = data.data(), m.scales = scales.data(), m.bias = bias ? pool.get(outputs) : nullptr;
+    bestiary_pack(&m, pool.get(outputs * inputs), data.data(), scales.data());
+  }
+};
+
+void matvec_products(i64 outputs, i64 inputs, i64 format, i64 rows) {
+  Pool pool;
+  Packed p(pool, outputs, inputs, format, rows & 1);
+  bestiary_multiply(&p.m, rows, pool.get(rows * inputs), inputs, pool.get(rows * outputs), outputs);
+  bestiary_unpack(&p.m, outputs - 1, 1, pool.get(inputs));
+}
+
+void mamba_layer_step(i64 width, i64 channels, i64 states, i64 rank, i64 taps, i64 format, i64 rows) {
+  Pool pool;
+  Packed in(pool, 2 * channels, width, format, false), x(pool, rank + 2 * states, channels, format, false);
+  Packed dt(pool, channels, rank, 0, true), out(pool, width, channels, format, false);
+  MambaLayer l = {};
+  l.width = width, l.channels = channels, l.states = states, l.rank = rank, l.taps = taps, l.norm_eps = 1e-5f;
+  l.norm = pool.get(width), l.in = &in.m, l.x = &x.m, l.dt = &dt.m, l.out = &out.m;
+  l.conv = pool.get(taps * channels), l.conv_bias = pool.get(channels);
+  l.A = pool.get(states * channels, -3, -0.1f), l.D = pool.get(channels);
+  const i64 history = rows * (taps - 1) * channels, h = rows * states * channels;
+  bestiary_mamba_layer(&l, rows, pool.get(rows * width), pool.get(history), pool.get(h), pool.get(rows * width),
+                       pool.get(history), pool.get(h));
+}
+
 }  // namespace
 
 int main() {
   int ran = 0;
+  for (i64 format = 0; format < 4; format++)
+    for (i64 rows : {1, 2, 3, 5, 8, 17}) {
+      for (i64 outputs : {1, 15, 16, 17, 50})
+        for (i64 inputs : {1, 2, 31, 32, 33, 100}) matvec_products(outputs, inputs, format, rows), ran++;
+      for (i64 channels : {1, 16, 35})
+        for (i64 taps : {1, 2, 4}) mamba_layer_step(channels + 5, channels, 1 + taps, taps, taps, format, rows), ran++;
+    }
   for (i64 batch : {1, 3})
     for (i64 time : {0, 1, 2, 31, 32, 33, 70})
       for (i64 channels : {1, 3, 8, 16, 17, 33, 150})

@@ -84,7 +84,7 @@ def test_rounded_models_are_the_models_of_the_rounded_weights(tied: bool) -> Non
         fast = model.packed(form)
         rounded = LanguageModel(model.config).eval()
         rounded.load_state_dict(model.state_dict())
-        modules = dict(fast.named_modules())
+        modules = {name.replace(".block.", "."): module for name, module in fast.named_modules()}
         with torch.no_grad():
             for name, module in rounded.named_modules():
                 if isinstance(modules[name], packing.PackedLinear):

@@ -58,8 +58,8 @@ class PackedMatrix:
         self.data = torch.empty(size, dtype=torch.uint8)
         self.scales = torch.empty(-(-self.shape[0] // PANEL) * PANEL if form == "int8" else 0)
         self.bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-        self._fields = _Matrix(*self.shape, FORMATS[form], *(pointer(x) for x in (self.data, self.scales, self.bias)))
-        self._address = ctypes.byref(self._fields)
+        self.fields = _Matrix(*self.shape, FORMATS[form], *(pointer(x) for x in (self.data, self.scales, self.bias)))
+        self._address = ctypes.byref(self.fields)
         self.library.bestiary_pack(self._address, weight.data_ptr(), self.data.data_ptr(), self.scales.data_ptr())
 
     @property
