@@ -86,6 +86,25 @@ def test_training_leaves_a_model_that_generates_and_is_scored(model, text, tmp_p
     assert "gru" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(load()[0] is None, reason=f"no compiled kernels: {load()[1]}")
+def test_packed_weights_generate_and_eval_tells_what_they_cost(model, text, tmp_path, capsys):
+    scores = tmp_path / "scores.json"
+    assert main(["generate", str(model), "--prompt", "The ", "--max-new-tokens", "8", "--weights", "int8"]) == 0
+    assert capsys.readouterr().out.startswith("The ")
+    assert main(["eval", str(model), str(text), "--weights", "fp32", "int4", "--json", str(scores)]) == 0
+    found = json.loads(scores.read_text())
+    exact, rounded = found["packed"]["fp32"], found["packed"]["int4"]
+    assert (
+        abs(exact["bits_per_byte"] - found["bits_per_byte"])
+        < 1e-4
+        < abs(rounded["bits_per_byte"] - found["bits_per_byte"])
+    )
+    assert rounded["weight_bytes"] < 0.5 * exact["weight_bytes"]
+    assert "int4 weights" in capsys.readouterr().out
+    assert main(["eval", str(model), str(text), "--weights", "int3"]) == 2
+    assert "unknown format of packed weights 'int3'" in capsys.readouterr().err
+
+
 def test_a_folder_with_a_run_is_not_trained_over(model, text, capsys):
     run = str(model.parent)
     before = (model / "model.safetensors").read_bytes()

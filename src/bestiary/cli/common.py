@@ -60,6 +60,16 @@ def load_language_model(folder: str | Path) -> tuple[LanguageModel, Any]:
     return model, tokenizer
 
 
+def load_with_tokenizer(folder: str | Path) -> tuple[LanguageModel, Any]:
+    """The same for the verbs that read or write text."""
+    model, tokenizer = load_language_model(folder)
+    if tokenizer is None:
+        raise UsageError(
+            f"{folder} has no tokenizer, so it can neither read nor write text: put a tokenizer.json there"
+        )
+    return model, tokenizer
+
+
 def write_json(path: Path | None, results: Any) -> None:
     """Write results for machines where `--json` asks for them, atomically."""
     if path is None:

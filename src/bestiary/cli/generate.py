@@ -8,7 +8,7 @@ from typing import Annotated
 import torch
 import tyro
 
-from bestiary.cli.common import load_language_model, parse, write_json
+from bestiary.cli.common import load_with_tokenizer, parse, write_json
 from bestiary.errors import UsageError
 
 
@@ -19,6 +19,7 @@ class Generate:
     Examples:
       bestiary generate runs/mymodel --prompt "To be, or not"
       bestiary generate runs/mymodel --temperature 0.8 --top-p 0.9 --max-new-tokens 500 --seed 3
+      bestiary generate runs/mymodel --weights int8            faster on the CPU, weights rounded
       echo "Once upon" | bestiary generate runs/mymodel --prompt -
     """
 
@@ -40,14 +41,17 @@ class Generate:
     """Above 1: tokens that were seen become less likely."""
     seed: int = 0
     """The same seed gives the same text."""
+    weights: str | None = None
+    """Pack the weights for fast decoding on the CPU: fp32, bf16, int8 or int4 (bestiary eval tells what it costs)."""
     json: Path | None = None
     """Write prompt, text and tokens here too."""
 
 
 def main(argv: list[str]) -> int:
     arguments = parse(Generate, argv, "generate")
-    model, tokenizer = load_language_model(arguments.model)
+    model, tokenizer = load_with_tokenizer(arguments.model)
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    model = model if arguments.weights is None else model.packed(arguments.weights)
     tokens = list(tokenizer.encode(prompt))
     if not tokens:
         raise UsageError("the prompt is empty; give --prompt at least one character")
