@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c $(CONSTRAINTS)
 # threads of each test process: they run side by side
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
-FILES := src tests setup.py
+FILES := src tests benchmarks setup.py
 KERNELS := $(wildcard csrc/*.h csrc/*.cpp)
 
 .DEFAULT_GOAL := help
