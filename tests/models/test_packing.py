@@ -1,5 +1,7 @@
 """A packed model computes what the model does, within the rounding of its weights; matrices come back as packed."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from ops.native.kit import in_process, needed
@@ -87,7 +89,7 @@ def test_rounded_models_are_the_models_of_the_rounded_weights(tied: bool) -> Non
         modules = {name.replace(".block.", "."): module for name, module in fast.named_modules()}
         with torch.no_grad():
             for name, module in rounded.named_modules():
-                if isinstance(modules[name], packing.PackedLinear):
+                if isinstance(modules[name], (packing.PackedLinear, packing.PackedEmbedding)):
                     module.weight.copy_(modules[name].matrix.rows(0, module.weight.shape[0]))
             torch.testing.assert_close(fast(tokens)[0], rounded(tokens)[0], rtol=1e-4, atol=1e-5)
         assert fast.generate([[1, 2, 3]], max_new_tokens=5) == rounded.generate([[1, 2, 3]], max_new_tokens=5)
@@ -114,3 +116,29 @@ def test_without_kernels_packing_says_what_is_missing() -> None:
         "except UsageError as error: print(error)"
     )
     assert "packed weights need the compiled kernels" in in_process(code, BESTIARY_KERNELS="off")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_packed_while_it_is_loaded_is_what_is_packed_afterwards(tied: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shared = "attention{channel=moe, share=a}"
+    layout = f"mamba {shared} hyena {shared}"
+    model = LanguageModel(ModelConfig(layout, 64, vocab_size=50, tie_embeddings=tied)).eval()
+    bestiary.save(model, None, tmp_path / "model")
+    tokens = torch.randint(50, (1, 20))
+    for form in ("fp32", "int8"):
+        with torch.no_grad():
+            expected = model.packed(form)(tokens)[0]
+            assert torch.equal(bestiary.load(tmp_path / "model", weights=form)[0](tokens)[0], expected)
+
+
+def test_packing_while_loading_holds_one_tensor_at_a_time(tmp_path: Path) -> None:
+    """The whole model is 4 times the packed one; reading and packing stays near the latter."""
+    folder = tmp_path / "model"
+    bestiary.save(LanguageModel(ModelConfig("attention*8", 1024)), None, folder)
+    peak = "print(packing.nbytes(model), 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    start = "import resource, bestiary; from bestiary.models import packing; model = bestiary.LanguageModel("
+    _, empty = map(int, in_process(f"{start}bestiary.ModelConfig('gru', 32)); {peak}").split())
+    load = f"{start}bestiary.ModelConfig('gru', 32)); model, _ = bestiary.load({str(folder)!r}, weights='int8'); {peak}"
+    size, loaded = map(int, in_process(load).split())
+    assert 90e6 < size < 110e6 and loaded - empty < 1.6 * size

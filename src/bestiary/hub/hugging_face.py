@@ -14,13 +14,13 @@ from bestiary.data import tokenizer as tokens
 from bestiary.errors import BestiaryError, UsageError
 from bestiary.hub import families
 from bestiary.hub.shards import Shards
-from bestiary.models import LanguageModel
+from bestiary.models import LanguageModel, packing
 
 
-def load(folder: Path, fields: dict[str, Any]) -> tuple[LanguageModel, Any]:
+def load(folder: Path, fields: dict[str, Any], weights: str | None = None) -> tuple[LanguageModel, Any]:
     """Read (model, tokenizer) from a folder whose config.json holds `fields`; the tokenizer is None without one.
 
-    The model has the narrowest floating-point type that holds all of its weights exactly.
+    The model has the narrowest floating-point type that holds all of its weights exactly, or packed `weights`.
 
     Raises:
         BestiaryError: the type is unknown, asks for what is not supported, or its files are damaged or do not fit.
@@ -36,6 +36,12 @@ def load(folder: Path, fields: dict[str, Any]) -> tuple[LanguageModel, Any]:
     shards = Shards(folder)
     extra = {name for name in shards.entries if name in recipe.tied or recipe.ignored.search(name)}
     shards.check(wanted, may_have=extra)
+    for copy, original in recipe.tied.items():
+        if copy in shards.entries and not torch.equal(shards.read(copy), shards.read(original)):
+            raise BestiaryError(f"{shards.source}: {copy} should be {original} again, as config.json says, and is not")
+    tokenizer = tokens.load(folder) if (folder / tokens.JSON_FILE).exists() else None
+    if weights is not None:
+        return packing.packed(skeleton, weights, lambda name: parameter(recipe, shards, name)), tokenizer
     with torch.random.fork_rng(devices=[]):  # loading leaves the caller's random numbers alone
         model = LanguageModel(recipe.config).to(shards.dtype(wanted))
     parameters = dict(model.named_parameters())
@@ -43,11 +49,13 @@ def load(folder: Path, fields: dict[str, Any]) -> tuple[LanguageModel, Any]:
         for key in recipe.keys:
             for name, tensor in zip(key.ours, key.form.read([shards.read(name) for name in key.theirs])):
                 parameters[name].copy_(tensor)
-    for copy, original in recipe.tied.items():
-        if copy in shards.entries and not torch.equal(shards.read(copy), shards.read(original)):
-            raise BestiaryError(f"{shards.source}: {copy} should be {original} again, as config.json says, and is not")
-    has_tokenizer = (folder / tokens.JSON_FILE).exists()
-    return model, tokens.load(folder) if has_tokenizer else None
+    return model, tokenizer
+
+
+def parameter(recipe: families.Recipe, shards: Shards, name: str) -> Tensor:
+    """One of our parameters, read now."""
+    key = next(key for key in recipe.keys if name in key.ours)
+    return key.form.read([shards.read(theirs) for theirs in key.theirs])[key.ours.index(name)]
 
 
 def shapes(recipe: families.Recipe, ours: dict[str, Tensor]) -> dict[str, torch.Size]:

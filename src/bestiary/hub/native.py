@@ -26,6 +26,7 @@ from bestiary.models import (
     MaskedLanguageModel,
     ModelConfig,
     SequenceClassifier,
+    packing,
 )
 
 FORMAT = "bestiary"
@@ -80,8 +81,8 @@ def load(folder: str | Path) -> tuple[Any, Any]:
     return load_fields(newest := folders.newest(Path(folder)), folders.read_config(newest))
 
 
-def load_fields(folder: Path, fields: dict[str, Any]) -> tuple[Any, Any]:
-    """The same for a folder whose config.json holds these fields."""
+def load_fields(folder: Path, fields: dict[str, Any], weights: str | None = None) -> tuple[Any, Any]:
+    """The same for a folder whose config.json holds these fields; language models perhaps with packed `weights`."""
     cls, config = _config(folder / CONFIG, fields)
     try:
         with torch.device("meta"):
@@ -91,6 +92,11 @@ def load_fields(folder: Path, fields: dict[str, Any]) -> tuple[Any, Any]:
     wanted = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
     shards = Shards(folder)
     shards.check(wanted)
+    has_tokenizer = any((folder / name).exists() for name in (tokens.JSON_FILE, tokens.BYTES_FILE))
+    if weights is not None:
+        if not isinstance(skeleton, LanguageModel):
+            raise UsageError(f"{folder} holds a {cls.__name__}: only language models can be packed for decoding")
+        return packing.packed(skeleton, weights, shards.read), tokens.load(folder) if has_tokenizer else None
     tensors = {name: shards.read(name) for name in wanted}
     with torch.random.fork_rng(devices=[]):  # loading leaves the caller's random numbers alone
         model = cls(config)
@@ -101,7 +107,6 @@ def load_fields(folder: Path, fields: dict[str, Any]) -> tuple[Any, Any]:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])
-    has_tokenizer = any((folder / name).exists() for name in (tokens.JSON_FILE, tokens.BYTES_FILE))
     return model, tokens.load(folder) if has_tokenizer else None
 
 

@@ -5,6 +5,7 @@ go through a kernel that reads each weight once; prompts go through dense produc
 """
 
 import copy
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,9 @@ from bestiary.ops.native.matvec import FEW_ROWS, PackedMatrix
 
 if TYPE_CHECKING:
     from bestiary.models.language_model import LanguageModel
+
+
+Read = Callable[[str], Tensor]
 
 
 class PackedLinear(nn.Module):
@@ -105,24 +109,22 @@ class PackedEmbedding(nn.Module):
         return table.reshape(*tokens.shape, -1)
 
 
-def packed(model: "LanguageModel", weights: str) -> "LanguageModel":
+def packed(model: "LanguageModel", weights: str, read: Read | None = None) -> "LanguageModel":
     """A model that computes what `model` does, with packed weights; it can be neither trained nor saved.
 
     Args:
         weights: "fp32", "bf16", "int8" or "int4"; all but the first round the weights.
+        read: gives each parameter by its name, once; the model may then be one on the meta device, without numbers. One
+            tensor at a time is held unrounded, so a model needs little more memory than its packed weights.
 
     Raises UsageError where there are no compiled kernels, or the model is not on the CPU.
     """
-    if any(parameter.device.type != "cpu" for parameter in model.parameters()):
-        raise UsageError("packed weights are for the CPU: move the model there first, with model.cpu()")
-    found: dict[int, PackedMatrix] = {}
-    result = _converted(model, weights, found).eval()
-    eps = model.config.norm_eps
-    blocks = (PackedMambaBlock(block, eps) if PackedMambaBlock.fits(block) else block for block in result.blocks)
-    result.blocks = nn.ModuleList(blocks)
-    if model.config.tie_embeddings:
-        result.embedding = PackedEmbedding(found[id(model.head)])
-    return result.requires_grad_(False)
+    if read is None:
+        if any(parameter.device.type != "cpu" for parameter in model.parameters()):
+            raise UsageError("packed weights are for the CPU: move the model there first, with model.cpu()")
+        parameters = dict(model.named_parameters())
+        read = parameters.__getitem__
+    return _Packing(model, weights, read).result()
 
 
 def nbytes(model: nn.Module) -> int:
@@ -131,23 +133,54 @@ def nbytes(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters()) + sum(matrix.nbytes for matrix in matrices.values())
 
 
-def _converted(module: Any, weights: str, found: dict[int, PackedMatrix]) -> Any:
-    """A copy of a module whose linear maps are packed and whose other parameters are in fp32."""
-    clone = copy.copy(module)
-    clone._parameters, clone._buffers, clone._modules = {}, dict(module._buffers), {}
-    for name, parameter in module._parameters.items():
-        clone._parameters[name] = None if parameter is None else _wide(parameter)
-    kept = module.unpacked if isinstance(module, Mixer) else ()
-    for name, child in module._modules.items():
-        if isinstance(child, nn.Linear) and name not in kept and not getattr(child, "is_filter", False):
-            matrix = found.setdefault(id(child), PackedMatrix(child.weight, weights, child.bias))
-            clone._modules[name] = PackedHead(matrix, child.cap) if isinstance(child, Head) else PackedLinear(matrix)
+class _Packing:
+    """One model on its way: its parameters' names, and what is packed already (layers may share it)."""
+
+    def __init__(self, model: "LanguageModel", weights: str, read: Read):
+        self.model, self.weights, self.read = model, weights, read
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.modules: dict[int, Any] = {}
+        self.parameters: dict[int, nn.Parameter] = {}
+
+    def result(self) -> "LanguageModel":
+        config = self.model.config
+        if not config.tie_embeddings:  # rows are looked up, not multiplied: bf16 costs little
+            form = self.weights if self.weights in ("fp32", "bf16") else "bf16"
+            table = PackedMatrix(self._read(self.model.embedding.weight), form)
+            self.modules[id(self.model.embedding)] = PackedEmbedding(table)
         else:
-            clone._modules[name] = None if child is None else _converted(child, weights, found)
-    return clone
+            self.modules[id(self.model.embedding)] = None  # until the head, which it is, is packed
+        result = self.convert(self.model).eval()
+        if config.tie_embeddings:
+            result.embedding = PackedEmbedding(result.head.matrix)
+        eps = config.norm_eps
+        blocks = (PackedMambaBlock(block, eps) if PackedMambaBlock.fits(block) else block for block in result.blocks)
+        result.blocks = nn.ModuleList(blocks)
+        return result.requires_grad_(False)
 
+    def convert(self, module: Any) -> Any:
+        """A copy of a module whose linear maps are packed and whose other parameters are in fp32."""
+        clone = copy.copy(module)
+        clone._parameters, clone._buffers, clone._modules = {}, dict(module._buffers), {}
+        for name, parameter in module._parameters.items():
+            clone._parameters[name] = None if parameter is None else self._wide(parameter)
+        kept = module.unpacked if isinstance(module, Mixer) else ()
+        for name, child in module._modules.items():
+            if child is not None and id(child) not in self.modules:
+                linear = isinstance(child, nn.Linear) and name not in kept and not getattr(child, "is_filter", False)
+                self.modules[id(child)] = self._pack(child) if linear else self.convert(child)
+            clone._modules[name] = None if child is None else self.modules[id(child)]
+        return clone
 
-def _wide(parameter: nn.Parameter) -> nn.Parameter:
-    if parameter.dtype in (torch.float32, torch.float64):
-        return parameter if parameter.dtype == torch.float32 else nn.Parameter(parameter.detach().float())
-    return nn.Parameter(parameter.detach().float(), requires_grad=False)
+    def _pack(self, linear: Any) -> PackedLinear:
+        bias = None if linear.bias is None else self._read(linear.bias)
+        matrix = PackedMatrix(self._read(linear.weight), self.weights, bias)
+        return PackedHead(matrix, linear.cap) if isinstance(linear, Head) else PackedLinear(matrix)
+
+    def _read(self, parameter: Tensor) -> Tensor:
+        return self.read(self.names[id(parameter)]).detach()
+
+    def _wide(self, parameter: nn.Parameter) -> nn.Parameter:
+        if id(parameter) not in self.parameters:
+            self.parameters[id(parameter)] = nn.Parameter(self._read(parameter).float(), requires_grad=False)
+        return self.parameters[id(parameter)]
