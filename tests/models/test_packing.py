@@ -142,3 +142,22 @@ def test_packing_while_loading_holds_one_tensor_at_a_time(tmp_path: Path) -> Non
     load = f"{start}bestiary.ModelConfig('gru', 32)); model, _ = bestiary.load({str(folder)!r}, weights='int8'); {peak}"
     size, loaded = map(int, in_process(load).split())
     assert 90e6 < size < 110e6 and loaded - empty < 1.6 * size
+
+
+@pytest.mark.slow
+def test_stripedhyena_7b_decodes_in_six_gigabytes() -> None:
+    """The full shape with random weights, in int4."""
+    code = """
+import resource, torch
+from bestiary import LanguageModel
+from bestiary.models import packing, presets
+with torch.device("meta"):
+    skeleton = LanguageModel(presets.get("stripedhyena-7b"))
+shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
+read = lambda name: torch.rand(shapes[name]) if ".filter." in name else torch.randn(shapes[name]) / 50
+model = packing.packed(skeleton, "int4", read)
+tokens = model.generate([[1, 2, 3]], max_new_tokens=3)
+print(len(tokens[0]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    count, peak = map(int, in_process(code).split())
+    assert count == 6 and peak < 6e9

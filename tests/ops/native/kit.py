@@ -53,7 +53,7 @@ def check_layouts(op: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
 def in_process(code: str, **environment: str) -> str:
     """What a Python of its own prints."""
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
