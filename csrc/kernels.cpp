@@ -5,6 +5,7 @@
 #include "mamba_layer.h"
 #include "matvec.h"
 #include "selective_scan.h"
+#include "short_convolution.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -27,6 +28,11 @@ EXPORT i64 bestiary_scan_groups(i64 channels) {
 }
 EXPORT void bestiary_scan_forward(const Scan* s) { scan::forward(*s); }
 EXPORT void bestiary_scan_backward(const Scan* s, const ScanBack* r) { scan::backward(*s, *r); }
+
+EXPORT void bestiary_convolution_forward(const Convolution* c) { short_convolution::forward(*c); }
+EXPORT void bestiary_convolution_backward(const Convolution* c, const ConvolutionBack* g) {
+  short_convolution::backward(*c, *g);
+}
 
 EXPORT i64 bestiary_pack_bytes(i64 format, i64 outputs, i64 inputs) {
   return matvec::panels(outputs) * matvec::panel_bytes(format, inputs);

@@ -59,6 +59,24 @@ void selective_scan(i64 batch, i64 time, i64 channels, i64 states, bool gated, b
   bestiary_scan_backward(&s, &r);
 }
 
+void short_convolution_layers(i64 batch, i64 time, i64 channels, i64 taps, bool silu, bool padded) {
+  Pool pool;
+  std::vector<i64> lengths(batch);
+  for (i64 b = 0; b < batch; b++) lengths[b] = b % (time + 1);
+  const i64 whole = batch * time * channels, history = batch * (taps - 1) * channels;
+  Convolution c = {};
+  c.batch = batch, c.time = time, c.channels = channels, c.taps = taps, c.silu = silu;
+  c.x = pool.get(whole), c.weight = pool.get(channels * taps), c.bias = silu ? pool.get(channels) : nullptr;
+  c.before = pool.get(history), c.x_batch = time * channels, c.x_time = channels;
+  c.lengths = padded ? lengths.data() : nullptr, c.y = pool.get(whole), c.after = pool.get(history);
+  bestiary_convolution_forward(&c);
+  ConvolutionBack g = {};
+  g.dy = pool.get(whole), g.dafter = padded ? nullptr : pool.get(history);
+  g.dy_batch = time * channels, g.dy_time = channels, g.dx = pool.get(whole), g.dbefore = pool.get(history);
+  g.dweight = pool.get(batch * taps * channels), g.dbias = pool.get(batch * channels);
+  bestiary_convolution_backward(&c, &g);
+}
+
 // A matrix in a format, in memory of exactly its size.
 struct Packed {
   Matrix m = {};
@@ -98,6 +116,11 @@ void mamba_layer_step(i64 width, i64 channels, i64 states, i64 rank, i64 taps, i
 
 int main() {
   int ran = 0;
+  for (i64 batch : {1, 3})
+    for (i64 time : {0, 1, 2, 5, 64, 65})
+      for (i64 channels : {1, 7, 16, 35})
+        for (i64 taps : {1, 2, 3, 4, 16})
+          for (int kind = 0; kind < 4; kind++) short_convolution_layers(batch, time, channels, taps, kind & 1, kind & 2), ran++;
   for (i64 format = 0; format < 4; format++)
     for (i64 rows : {1, 2, 3, 5, 8, 17}) {
       for (i64 outputs : {1, 15, 16, 17, 50})

@@ -13,7 +13,10 @@ from torch.nn import functional as F
 from bestiary.errors import UsageError
 from bestiary.ops import dispatch
 from bestiary.ops.long_convolution import convolve
+from bestiary.ops.native.short_convolution import MOST_TAPS
+from bestiary.ops.native.short_convolution import short_convolution as kernel
 
+dispatch.has_kernel("short_convolution")
 MANY_TAPS = 16
 
 
@@ -38,6 +41,12 @@ def short_convolution(
     if state is None:
         history = (x.shape[0], weight.shape[1] - 1, x.shape[2])
         state = torch.zeros(history, dtype=dispatch.wide(x.dtype), device=x.device)
+    few = weight.shape[1] <= MOST_TAPS
+    if dispatch.compiled("short_convolution", state, why_not=None if few else f"more than {MOST_TAPS} taps"):
+        bias = None if bias is None else bias.to(state.dtype)
+        inputs = (x.to(state.dtype), weight.to(state.dtype), bias, state)
+        y, state = kernel(*inputs, lengths, activation == "silu")
+        return y.to(x.dtype), state
     with dispatch.full_precision(x):
         wide = x.to(state.dtype)
         y = dispatch.choose("short_convolution", time=x.shape[1])(wide, weight.to(state.dtype), state)
