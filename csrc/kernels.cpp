@@ -2,6 +2,7 @@
 //
 // The interface is C and knows pointers and sizes alone, so that it depends on no version of Python or PyTorch. Whoever
 // calls answers for shapes and for buffers that are large enough (src/bestiary/ops/native).
+#include "linear_recurrence.h"
 #include "mamba_layer.h"
 #include "matvec.h"
 #include "selective_scan.h"
@@ -32,6 +33,11 @@ EXPORT void bestiary_scan_backward(const Scan* s, const ScanBack* r) { scan::bac
 EXPORT void bestiary_convolution_forward(const Convolution* c) { short_convolution::forward(*c); }
 EXPORT void bestiary_convolution_backward(const Convolution* c, const ConvolutionBack* g) {
   short_convolution::backward(*c, *g);
+}
+
+EXPORT void bestiary_recurrence_forward(const Recurrence* r) { linear_recurrence::forward(*r); }
+EXPORT void bestiary_recurrence_backward(const Recurrence* r, const RecurrenceBack* g) {
+  linear_recurrence::backward(*r, *g);
 }
 
 EXPORT i64 bestiary_pack_bytes(i64 format, i64 outputs, i64 inputs) {

@@ -77,6 +77,23 @@ void short_convolution_layers(i64 batch, i64 time, i64 channels, i64 taps, bool 
   bestiary_convolution_backward(&c, &g);
 }
 
+void recurrences(i64 batch, i64 time, i64 channels, bool padded) {
+  Pool pool;
+  std::vector<i64> lengths(batch);
+  for (i64 b = 0; b < batch; b++) lengths[b] = b % (time + 1);
+  const i64 whole = batch * time * channels, row = time * channels;
+  Recurrence r = {};
+  r.batch = batch, r.time = time, r.channels = channels;
+  r.a = pool.get(whole), r.b = pool.get(whole), r.before = pool.get(batch * channels);
+  r.a_batch = r.b_batch = row, r.a_time = r.b_time = channels, r.lengths = padded ? lengths.data() : nullptr;
+  r.h = pool.get(whole), r.after = pool.get(batch * channels);
+  bestiary_recurrence_forward(&r);
+  RecurrenceBack g = {};
+  g.dh = pool.get(whole), g.dafter = pool.get(batch * channels), g.dh_batch = row, g.dh_time = channels;
+  g.da = pool.get(whole), g.db = pool.get(whole), g.dbefore = pool.get(batch * channels);
+  bestiary_recurrence_backward(&r, &g);
+}
+
 // A matrix in a format, in memory of exactly its size.
 struct Packed {
   Matrix m = {};
@@ -118,9 +135,11 @@ int main() {
   int ran = 0;
   for (i64 batch : {1, 3})
     for (i64 time : {0, 1, 2, 5, 64, 65})
-      for (i64 channels : {1, 7, 16, 35})
+      for (i64 channels : {1, 7, 16, 35}) {
+        for (bool padded : {false, true}) recurrences(batch, time, channels, padded), ran++;
         for (i64 taps : {1, 2, 3, 4, 16})
           for (int kind = 0; kind < 4; kind++) short_convolution_layers(batch, time, channels, taps, kind & 1, kind & 2), ran++;
+      }
   for (i64 format = 0; format < 4; format++)
     for (i64 rows : {1, 2, 3, 5, 8, 17}) {
       for (i64 outputs : {1, 15, 16, 17, 50})

@@ -2,9 +2,8 @@
 
     h_t = a_t h_{t-1} + b_t                    a_t, b_t, h_t real or complex
 
-HGRN (arXiv:2311.04823), RG-LRU (2402.19427), minGRU and minLSTM (2410.01201) differ in how a and b follow from the
-input;
-LRU (2303.06349) and S5 (2208.04933) have a constant complex a. WKV (wkv.py) is a quotient of two of these.
+HGRN (arXiv:2311.04823), RG-LRU (2402.19427), minGRU and minLSTM (2410.01201) differ in how a and b follow from their
+input. LRU (2303.06349) and S5 (2208.04933) have a constant complex a. WKV (wkv.py) is a quotient of two of these.
 """
 
 import math
@@ -17,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from bestiary.errors import UsageError
 from bestiary.ops import dispatch
+from bestiary.ops.native.linear_recurrence import linear_recurrence as kernel
+
+dispatch.has_kernel("linear_recurrence")
 
 
 def linear_recurrence(
@@ -32,7 +34,7 @@ def linear_recurrence(
         decay: a, the factor itself, not its logarithm; both inputs of one kind, real or complex.
         write: b.
         state: h before this segment; None for zeros.
-        lengths: real steps of each row of a right-padded batch; padding leaves h as it is.
+        lengths: real steps of each row of a right-padded batch; padding leaves h as it is, and h there means nothing.
     """
     if decay.shape != write.shape or decay.is_complex() != write.is_complex():
         raise UsageError(
@@ -42,8 +44,11 @@ def linear_recurrence(
     if state is None:
         dtype = torch.promote_types(dispatch.wide(decay.real.dtype, write.real.dtype), write.dtype)
         state = torch.zeros(write.shape[0], *write.shape[2:], dtype=dtype, device=write.device)
+    complexity = "the kernel computes with real numbers" if state.is_complex() else None
     with dispatch.full_precision(write):
         decay, write = decay.to(state.dtype), write.to(state.dtype)
+        if dispatch.compiled("linear_recurrence", state, why_not=complexity):
+            return kernel(decay, write, state, lengths)
         if lengths is not None:
             real = torch.arange(write.shape[1], device=write.device) < lengths[:, None]
             real = real.reshape(*real.shape, *[1] * (write.ndim - 2))

@@ -9,6 +9,7 @@ import functools
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch  # first: it brings the OpenMP library that the kernels then share
 from torch import Tensor
@@ -49,6 +50,14 @@ def load() -> tuple[ctypes.CDLL | None, str]:
             return None, f"{built[name].name} is of another version: install the package again"
         return library, f"{name} kernels" + (f", by {VARIABLE}" if wanted else ", the best that this processor runs")
     return None, f"this processor runs none of the kernels that were built ({', '.join(built)})"
+
+
+def kernel(name: str) -> Any:
+    """A function of the library that fits this processor; only for what asked `refuses` before."""
+    library, why = load()
+    if library is None:
+        raise RuntimeError(why)
+    return getattr(library, name)
 
 
 def _runs(name: str) -> bool:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bestiary.ops.native.library import load
+from bestiary.ops.native.library import kernel
 from bestiary.ops.native.matvec import PackedMatrix
 
 _SIZES = ("width", "channels", "states", "rank", "taps")
@@ -40,12 +40,9 @@ class MambaLayer:
     """A layer that can take a step: x + out_proj(scan(conv(in_proj(norm(x)))))."""
 
     def __init__(self, parts: Parts, norm_eps: float):
-        library, why = load()
-        if library is None:
-            raise RuntimeError(why)
         address = ctypes.c_void_p
-        library.bestiary_mamba_layer.argtypes = [address, ctypes.c_int64, *[address] * 6]
-        self.call, self.parts = library.bestiary_mamba_layer, parts
+        self.call, self.parts = kernel("bestiary_mamba_layer"), parts
+        self.call.argtypes = [address, ctypes.c_int64, *[address] * 6]
         channels, states = parts.A.shape
         self.shape, self.taps = (states, channels), parts.conv.shape[1]
         self.kept = [parts.norm, parts.conv.t(), parts.conv_bias, parts.A.t(), parts.D]

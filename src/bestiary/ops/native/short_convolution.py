@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestiary.ops.native.library import load, pointer, rows
+from bestiary.ops.native.library import kernel, pointer, rows
 
 MOST_TAPS = 16
 
@@ -58,19 +58,12 @@ def _filled(
     return given, [x, weight, bias, before, lengths]
 
 
-def _kernel(name: str) -> Any:
-    library, why = load()
-    if library is None:
-        raise RuntimeError(why)
-    return getattr(library, name)
-
-
 @torch.library.impl("bestiary::short_convolution", "CPU")
 def _forward(x, weight, bias, before, lengths, silu):
     given, alive = _filled(x, weight, bias, before, lengths, silu)
     y, after = torch.empty(x.shape), torch.empty(before.shape)
     given.y, given.after = pointer(y), pointer(after)
-    _kernel("bestiary_convolution_forward")(ctypes.byref(given))
+    kernel("bestiary_convolution_forward")(ctypes.byref(given))
     del alive
     return y, after
 
@@ -83,7 +76,7 @@ def _backward(dy, dafter, x, weight, bias, before, lengths, silu):
     dweight, dbias = torch.empty(batch, taps, channels), torch.empty(batch, channels)
     outputs = (pointer(t) for t in (dx, dbefore, dweight, dbias))
     back = _ConvolutionBack(pointer(dy), pointer(dafter), dy.stride(0), dy.stride(1), *outputs)
-    _kernel("bestiary_convolution_backward")(ctypes.byref(given), ctypes.byref(back))
+    kernel("bestiary_convolution_backward")(ctypes.byref(given), ctypes.byref(back))
     del alive
     return dx, dweight.sum(0).t().contiguous(), dbias.sum(0), dbefore
 
