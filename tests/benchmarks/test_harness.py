@@ -10,10 +10,10 @@ from benchmarks.harness import Missing, Work, measure, write
 def test_contenders_take_turns_in_an_order_that_turns_and_one_that_is_missing_is_noted(tmp_path) -> None:
     ran: list[str] = []
 
-    def contender(name: str):  # type: ignore[no-untyped-def]
+    def contender(name: str):
         return lambda: lambda: ran.append(name)
 
-    def missing():  # type: ignore[no-untyped-def]
+    def missing():
         raise Missing("there is none")
 
     work = Work("walk", "a walk", "a", {"a": contender("a"), "b": contender("b"), "c": missing}, per=3)

@@ -109,6 +109,40 @@ def test_a_packed_head_tells_the_loss_of_each_token() -> None:
             torch.testing.assert_close(nats, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_packed_model_says_that_it_is_neither_trained_nor_saved_nor_packed_again(tmp_path: Path) -> None:
+    model = LanguageModel(ModelConfig("gla mamba", 32))
+    fast, tokens = model.packed("int8"), torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(UsageError, match="a packed model cannot be saved"):
+        bestiary.save(fast, None, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    with pytest.raises(UsageError, match="a packed model cannot be trained"):
+        fast.loss(tokens, tokens)
+    with pytest.raises(UsageError, match="is packed already"):
+        fast.packed("int4")
+    assert model.loss(tokens, tokens)[0].requires_grad  # the model itself is as it was
+
+
+def test_the_default_dtype_changes_no_bit_of_a_packed_model() -> None:
+    model = LanguageModel(ModelConfig("mamba attention", 32)).eval()
+    tokens = torch.randint(256, (1, 40))
+    expected = model.packed("int8").generate(tokens, max_new_tokens=3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(model.packed("int8").generate(tokens, max_new_tokens=3), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_state_of_other_rows_is_refused_without_run_time_annotations_too() -> None:
+    code = (
+        "import torch; from bestiary import *\n"
+        "fast = LanguageModel(ModelConfig('mamba*2', 32)).eval().packed('int8')\n"
+        "try: fast.step(torch.zeros(3, dtype=torch.long), fast.initial_state(2))\n"
+        "except UsageError as error: print(error)"
+    )
+    assert in_process(code) == "a Mamba layer: history must be of shape (3, 3, 64), not (2, 3, 64)"
+
+
 def test_without_kernels_packing_says_what_is_missing() -> None:
     code = (
         "from bestiary import *\n"

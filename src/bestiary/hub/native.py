@@ -53,6 +53,7 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
 
 def write(model: Any, tokenizer: Any, folder: Path) -> None:
     """Put the format's files into an existing folder."""
+    packing.check_plain(model)
     config = {"format": FORMAT, "version": VERSION, "model": kind_of(model), **model.config.to_dict()}
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}

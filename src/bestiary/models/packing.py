@@ -27,13 +27,17 @@ if TYPE_CHECKING:
 Read = Callable[[str], Tensor]
 
 
-class PackedLinear(nn.Module):
-    """A linear map whose matrix is packed; without a gradient. `weight` is empty: it tells type and device."""
+class Packed(nn.Module):
+    """What has a packed matrix, without a gradient. `weight` is empty: it tells type and device."""
 
     def __init__(self, matrix: PackedMatrix):
         super().__init__()
         self.matrix = matrix
-        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        self.weight = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
+
+
+class PackedLinear(Packed):
+    """A linear map whose matrix is packed."""
 
     def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         return self.matrix.multiply(x)
@@ -94,18 +98,17 @@ class PackedHead(PackedLinear):
         parts = zip(hidden.split(256), targets.split(256))
         return torch.cat([logit_nats(self(h), t) for h, t in parts]) if len(hidden) else hidden.new_zeros(0)
 
+    def loss(self, *given: Any) -> Tensor:
+        """There is none: a packed model has no gradients."""
+        raise UsageError("a packed model cannot be trained, and has no loss: take the model itself, or bestiary eval")
 
-class PackedEmbedding(nn.Module):
-    """A table that is the packed head's matrix: rows are unpacked as they are asked for."""
 
-    def __init__(self, matrix: PackedMatrix):
-        super().__init__()
-        self.matrix = matrix
-        self.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+class PackedEmbedding(Packed):
+    """A table that is packed, perhaps as the head's matrix: rows are unpacked as they are asked for."""
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
         rows = [self.matrix.rows(token, 1) for token in tokens.flatten().tolist()]
-        table = torch.cat(rows) if rows else torch.empty(0, self.matrix.shape[1])
+        table = torch.cat(rows) if rows else self.weight.new_empty(0, self.matrix.shape[1])
         return table.reshape(*tokens.shape, -1)
 
 
@@ -119,6 +122,8 @@ def packed(model: "LanguageModel", weights: str, read: Read | None = None) -> "L
 
     Raises UsageError where there are no compiled kernels, or the model is not on the CPU.
     """
+    if any(isinstance(module, Packed) for module in model.modules()):
+        raise UsageError("this model is packed already: pack the one that it was made of")
     if read is None:
         if any(parameter.device.type != "cpu" for parameter in model.parameters()):
             raise UsageError("packed weights are for the CPU: move the model there first, with model.cpu()")
@@ -127,9 +132,15 @@ def packed(model: "LanguageModel", weights: str, read: Read | None = None) -> "L
     return _Packing(model, weights, read).result()
 
 
+def check_plain(model: nn.Module) -> None:
+    """One clear error for a packed model where its weights as numbers are wanted."""
+    if any(isinstance(module, Packed) for module in model.modules()):
+        raise UsageError("a packed model cannot be saved: save the model that it was made of")
+
+
 def nbytes(model: nn.Module) -> int:
     """Bytes of a model's weights in memory, packed ones included, shared ones once."""
-    matrices = {id(m.matrix): m.matrix for m in model.modules() if isinstance(m, (PackedLinear, PackedEmbedding))}
+    matrices = {id(module.matrix): module.matrix for module in model.modules() if isinstance(module, Packed)}
     return sum(p.nbytes for p in model.parameters()) + sum(matrix.nbytes for matrix in matrices.values())
 
 

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from ops.forms import relative, run
 from torch import Tensor
 
+from bestiary import UsageError
 from bestiary.ops.native import load
 
 LIMIT = 2e-6
@@ -48,6 +49,42 @@ def check_layouts(op: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
         run(op, spread, "native", torch.float32), run(op, [x.contiguous() for x in spread], "native", torch.float32)
     ):
         assert torch.equal(a, b)
+
+
+def check_defaults(op: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+    """No bit depends on the dtype that torch gives to new tensors."""
+    results = []
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            results.append(run(op, [x.float() for x in inputs], "native", torch.float32))
+    finally:
+        torch.set_default_dtype(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def check_refusals(
+    operator: Callable[..., Any], arguments: Sequence[Any], *, free: Collection[tuple[int, int]] = ()
+) -> None:
+    """A tensor of another shape than the kernel would read is one clear error, whichever it is; so is another dtype.
+
+    Args:
+        operator: the one of torch, below the annotations of our functions, which tests enforce and users do not.
+        free: arguments and axes whose size is their own.
+    """
+    for i, tensor in enumerate(arguments):
+        if not isinstance(tensor, Tensor):
+            continue
+        for axis in range(tensor.ndim):
+            wrong = tensor.narrow(axis, 0, tensor.shape[axis] - 1)
+            if (i, axis) not in free:
+                with pytest.raises(UsageError, match="must be of shape"):
+                    operator(*arguments[:i], wrong, *arguments[i + 1 :])
+        if tensor.is_floating_point():
+            with pytest.raises(TypeError, match="kernels read fp32"):
+                operator(*arguments[:i], tensor.double(), *arguments[i + 1 :])
 
 
 def in_process(code: str, **environment: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ops.forms import KINDS, gates, normal
-from ops.native.kit import check_kernel, check_layouts, check_threads, needed
+from ops.native.kit import check_defaults, check_kernel, check_layouts, check_refusals, check_threads, needed
 from torch import Tensor
 
 from bestiary import UsageError, ops
@@ -18,7 +18,7 @@ def case(shape: tuple[int, ...], kind: str) -> list[Tensor]:
     return [gates(kind, *shape).exp(), normal(*shape), normal(shape[0], *shape[2:])]
 
 
-def op(decay, write, state):  # type: ignore[no-untyped-def]
+def op(decay, write, state):
     return ops.linear_recurrence(decay, write, state=state)
 
 
@@ -33,7 +33,7 @@ def test_padding_takes_no_part_whatever_it_holds() -> None:
     lengths = torch.tensor([0, 1, 5, 9])
     real = (torch.arange(9) < lengths[:, None])[..., None]
 
-    def padded(decay, write, state):  # type: ignore[no-untyped-def]
+    def padded(decay, write, state):
         h, state = ops.linear_recurrence(decay, write, state=state, lengths=lengths)
         return torch.where(real, h, 0), state
 
@@ -43,6 +43,15 @@ def test_padding_takes_no_part_whatever_it_holds() -> None:
         clean = padded(decay, write, state)
         dirty = padded(*(torch.where(real, x, torch.nan) for x in (decay, write)), state)
     assert all(torch.equal(a, b) for a, b in zip(clean, dirty))
+
+
+def test_the_default_dtype_changes_no_bit() -> None:
+    check_defaults(op, case((2, 9, 5), "weak"))
+
+
+def test_other_shapes_are_refused() -> None:
+    decay, write, before = (x.float() for x in case((2, 9, 5), "weak"))
+    check_refusals(torch.ops.bestiary.linear_recurrence, (decay, write, before, torch.tensor([9, 3])))
 
 
 def test_threads_and_layouts_change_no_bit() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ops.forms import KINDS, gates, normal
-from ops.native.kit import check_kernel, check_layouts, check_threads, needed
+from ops.native.kit import check_defaults, check_kernel, check_layouts, check_refusals, check_threads, needed
 
 from bestiary import ops
 
@@ -21,11 +21,11 @@ def case(shape: tuple[int, ...], kind: str, *, gated: bool) -> list[torch.Tensor
     return [*plain, normal(C), normal(B, T, C), normal(C)] if gated else plain
 
 
-def plain(u, dt, A, B, C, state):  # type: ignore[no-untyped-def]
+def plain(u, dt, A, B, C, state):
     return ops.selective_scan(u, dt, A, B, C, state=state)
 
 
-def gated(u, dt, A, B, C, state, D, z, bias):  # type: ignore[no-untyped-def]
+def gated(u, dt, A, B, C, state, D, z, bias):
     return ops.selective_scan(u, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=True, state=state)
 
 
@@ -40,13 +40,21 @@ def test_it_is_the_definition_with_all_that_is_fused(shape: tuple[int, ...]) -> 
     check_kernel(gated, case(shape, "", gated=True))
 
 
+def test_a_length_beyond_the_end_is_the_end() -> None:
+    u, dt, A, B, C, state = (x.float() for x in case((2, 9, 6, 3), "weak", gated=False))
+    with ops.use("native"):
+        y, after = ops.selective_scan(u, dt, A, B, C, state=state, lengths=torch.tensor([9, 1 << 40]))
+        expected = plain(u, dt, A, B, C, state)
+    assert torch.equal(y, expected[0]) and torch.equal(after, expected[1])
+
+
 @pytest.mark.parametrize("softplus", [True, False])
 def test_padding_takes_no_time_and_intervals_stretch_it(softplus: bool) -> None:
     *inputs, state = case((4, 37, 20, 16), "mixed", gated=False)
     lengths, intervals = torch.tensor([0, 1, 33, 37]), 2 * torch.rand(4, 37, dtype=torch.float64)
     real = (torch.arange(37) < lengths[:, None])[..., None]
 
-    def op(u, dt, A, B, C, state):  # type: ignore[no-untyped-def]
+    def op(u, dt, A, B, C, state):
         y, state = ops.selective_scan(
             u,
             dt,
@@ -65,6 +73,17 @@ def test_padding_takes_no_time_and_intervals_stretch_it(softplus: bool) -> None:
     with ops.use("native"):
         clean, dirty = (op(*(x.float() for x in (*given, state))) for given in (inputs, nan))
     assert all(torch.equal(a, b) for a, b in zip(clean, dirty))
+
+
+def test_the_default_dtype_changes_no_bit() -> None:
+    check_defaults(gated, case((2, 9, 6, 3), "", gated=True))
+
+
+def test_other_shapes_are_refused() -> None:
+    u, dt, A, B, C, before, D, z, bias = (x.float() for x in case((2, 9, 6, 3), "", gated=True))
+    gaps, lengths = torch.rand(2, 9), torch.tensor([9, 3])
+    arguments = (u, dt, A, B, C, D, bias, z, gaps, lengths, before, True, False)
+    check_refusals(torch.ops.bestiary.selective_scan, arguments)
 
 
 def test_threads_and_layouts_change_no_bit() -> None:

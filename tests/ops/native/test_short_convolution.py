@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ops.forms import normal
-from ops.native.kit import check_kernel, check_layouts, check_threads, needed
+from ops.native.kit import check_defaults, check_kernel, check_layouts, check_refusals, check_threads, needed
 from torch import Tensor
 
 from bestiary import UsageError, ops
@@ -28,11 +28,11 @@ def case(shape: tuple[int, ...]) -> list[Tensor]:
     return [normal(B, T, C), normal(C, K), normal(C), normal(B, K - 1, C)]
 
 
-def plain(x, weight, bias, state):  # type: ignore[no-untyped-def]
+def plain(x, weight, bias, state):
     return ops.short_convolution(x, weight, None, state=state)
 
 
-def silu(x, weight, bias, state):  # type: ignore[no-untyped-def]
+def silu(x, weight, bias, state):
     return ops.short_convolution(x, weight, bias, activation="silu", state=state)
 
 
@@ -47,7 +47,7 @@ def test_each_row_ends_at_its_length_whatever_padding_holds() -> None:
     lengths = torch.tensor([0, 1, 2, 3, 9])
     real = (torch.arange(9) < lengths[:, None])[..., None]
 
-    def op(x, weight, bias, state):  # type: ignore[no-untyped-def]
+    def op(x, weight, bias, state):
         y, state = ops.short_convolution(x, weight, bias, activation="silu", state=state, lengths=lengths)
         return torch.where(real, y, 0), state
 
@@ -56,6 +56,16 @@ def test_each_row_ends_at_its_length_whatever_padding_holds() -> None:
         clean = op(x.float(), weight.float(), bias.float(), state.float())
         dirty = op(torch.where(real, x, torch.nan).float(), weight.float(), bias.float(), state.float())
     assert all(torch.equal(a, b) for a, b in zip(clean, dirty))
+
+
+def test_the_default_dtype_changes_no_bit() -> None:
+    check_defaults(silu, case((2, 9, 5, 3)))
+
+
+def test_other_shapes_are_refused() -> None:
+    x, weight, bias, before = (t.float() for t in case((2, 9, 5, 3)))
+    arguments = (x, weight, bias, before, torch.tensor([9, 3]), True)
+    check_refusals(torch.ops.bestiary.short_convolution, arguments, free={(0, 1)})  # a segment may be of any length
 
 
 def test_threads_and_layouts_change_no_bit() -> None:

@@ -77,9 +77,35 @@ def refuses(*tensors: Tensor | None) -> str | None:
     return None
 
 
+def buffer(*shape: int) -> Tensor:
+    """A new tensor for a kernel to write into, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def pointer(tensor: Tensor | None) -> int | None:
-    """The address of a tensor's first number; None for none."""
-    return None if tensor is None else tensor.data_ptr()
+    """The address of a tensor's first number, which must be what kernels read; None for none."""
+    if tensor is None:
+        return None
+    if tensor.dtype not in (torch.float32, torch.int64) or tensor.device.type != "cpu":
+        raise TypeError(
+            f"kernels read fp32 numbers and int64 lengths on the CPU, not {tensor.dtype} on {tensor.device}"
+        )
+    return tensor.data_ptr()
+
+
+def check_shapes(op: str, *expected: tuple[str, Tensor | None, tuple[int, ...]]) -> None:
+    """One clear error where a tensor has not the shape that the kernel will read: it looks at nothing but addresses."""
+    for name, tensor, shape in expected:
+        if tensor is not None and tensor.shape != shape:
+            raise UsageError(f"{op}: {name} must be of shape {shape}, not {tuple(tensor.shape)}")
+
+
+def row_ends(op: str, lengths: Tensor | None, batch: int, time: int) -> Tensor | None:
+    """Lengths as the kernels read them, none beyond the segment's end; None for none."""
+    if lengths is None:
+        return None
+    check_shapes(op, ("lengths", lengths, (batch,)))
+    return lengths.to(torch.int64).clamp(0, time).contiguous()
 
 
 def rows(tensor: Tensor) -> Tensor:

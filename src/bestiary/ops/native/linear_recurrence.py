@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestiary.ops.native.library import kernel, pointer, rows
+from bestiary.ops.native.library import buffer, check_shapes, kernel, pointer, row_ends, rows
 
 
 class _Recurrence(ctypes.Structure):
@@ -47,8 +47,9 @@ def linear_recurrence(a: Tensor, b: Tensor, before: Tensor, lengths: Tensor | No
 
 def _filled(a: Tensor, b: Tensor, before: Tensor, lengths: Tensor | None) -> tuple[_Recurrence, list[Any]]:
     """The arguments as the kernel wants them, and the tensors that must stay alive while it runs."""
+    check_shapes("linear_recurrence", ("decay", a, tuple(b.shape)), ("state", before, (b.shape[0], b.shape[2])))
     a, b, before = rows(a), rows(b), before.contiguous()
-    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    lengths = row_ends("linear_recurrence", lengths, *b.shape[:2])
     strides = (a.stride(0), a.stride(1), b.stride(0), b.stride(1))
     given = _Recurrence(*b.shape, pointer(a), pointer(b), pointer(before), *strides, pointer(lengths))
     return given, [a, b, before, lengths]
@@ -57,7 +58,7 @@ def _filled(a: Tensor, b: Tensor, before: Tensor, lengths: Tensor | None) -> tup
 @torch.library.impl("bestiary::linear_recurrence", "CPU")
 def _forward(a, b, before, lengths):
     given, alive = _filled(a, b, before, lengths)
-    h, after = torch.empty(b.shape), torch.empty(before.shape)
+    h, after = buffer(*b.shape), buffer(*before.shape)
     given.h, given.after = pointer(h), pointer(after)
     kernel("bestiary_recurrence_forward")(ctypes.byref(given))
     del alive
@@ -68,7 +69,7 @@ def _forward(a, b, before, lengths):
 def _backward(dh, dafter, a, b, before, lengths, h):
     given, alive = _filled(a, b, before, lengths)
     given.h, dh, dafter = pointer(h), rows(dh), dafter.contiguous()
-    da, db, dbefore = torch.empty(h.shape), torch.empty(h.shape), torch.empty(before.shape)
+    da, db, dbefore = (buffer(*x.shape) for x in (h, h, before))
     outputs = (pointer(x) for x in (da, db, dbefore))
     back = _RecurrenceBack(pointer(dh), pointer(dafter), dh.stride(0), dh.stride(1), *outputs)
     kernel("bestiary_recurrence_backward")(ctypes.byref(given), ctypes.byref(back))

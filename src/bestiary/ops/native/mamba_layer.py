@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bestiary.ops.native.library import kernel
+from bestiary.ops.native.library import check_shapes, kernel, pointer
 from bestiary.ops.native.matvec import PackedMatrix
 
 _SIZES = ("width", "channels", "states", "rank", "taps")
@@ -44,13 +44,13 @@ class MambaLayer:
         self.call, self.parts = kernel("bestiary_mamba_layer"), parts
         self.call.argtypes = [address, ctypes.c_int64, *[address] * 6]
         channels, states = parts.A.shape
-        self.shape, self.taps = (states, channels), parts.conv.shape[1]
+        self.shape, self.width, self.taps = (states, channels), parts.in_proj.shape[1], parts.conv.shape[1]
         self.kept = [parts.norm, parts.conv.t(), parts.conv_bias, parts.A.t(), parts.D]
         self.kept = [tensor.detach().to(torch.float32).contiguous() for tensor in self.kept]
         norm, conv, bias, A, D = (tensor.data_ptr() for tensor in self.kept)
         matrices = (ctypes.addressof(m.fields) for m in (parts.in_proj, parts.x_proj, parts.dt_proj, parts.out_proj))
         rank = parts.dt_proj.shape[1]
-        sizes = (parts.in_proj.shape[1], channels, states, rank, self.taps)
+        sizes = (self.width, channels, states, rank, self.taps)
         self.fields = _Layer(*sizes, norm_eps, norm, *matrices, conv, bias, A, D)
         self.address = ctypes.byref(self.fields)
 
@@ -65,8 +65,11 @@ class MambaLayer:
         Float[Tensor, "batch channels d_state"],
     ]:
         """(output, history, h) after one step of every row, in fp32. h lies channel by channel inside: a view."""
+        states, channels = self.shape
+        named = (("x", x, (len(x), self.width)), ("history", history, (len(x), self.taps - 1, channels)))
+        check_shapes("a Mamba layer", *named, ("h", h, (len(x), channels, states)))
         x, history, turned = x.contiguous(), history.contiguous(), h.transpose(1, 2).contiguous()
         y, kept, new = torch.empty_like(x), torch.empty_like(history), torch.empty_like(turned)
-        given = (x.data_ptr(), history.data_ptr(), turned.data_ptr())
+        given = (pointer(x), pointer(history), pointer(turned))
         self.call(self.address, len(x), *given, y.data_ptr(), kept.data_ptr(), new.data_ptr())
         return y, kept, new.transpose(1, 2)

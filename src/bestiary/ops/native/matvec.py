@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bestiary.errors import UsageError, unknown
-from bestiary.ops.native.library import load, pointer
+from bestiary.ops.native.library import buffer, check_shapes, load, pointer
 
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 """int8: symmetric, a scale an output; int4: symmetric, a scale in bf16 for each 32 inputs of an output."""
@@ -53,14 +53,17 @@ class PackedMatrix:
         if form not in FORMATS:
             raise unknown("format of packed weights", form, FORMATS)
         self.library, self.form, self.shape = _library(), form, tuple(weight.shape)
+        check_shapes("a packed matrix", ("its bias", bias, self.shape[:1]))
         weight = weight.detach().to(torch.float32).contiguous()
         size = self.library.bestiary_pack_bytes(FORMATS[form], *self.shape)
-        self.data = torch.empty(size, dtype=torch.uint8)
-        self.scales = torch.empty(-(-self.shape[0] // PANEL) * PANEL if form == "int8" else 0)
+        self.data = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self.scales = buffer(-(-self.shape[0] // PANEL) * PANEL if form == "int8" else 0)
         self.bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
-        self.fields = _Matrix(*self.shape, FORMATS[form], *(pointer(x) for x in (self.data, self.scales, self.bias)))
+        self.fields = _Matrix(
+            *self.shape, FORMATS[form], self.data.data_ptr(), pointer(self.scales), pointer(self.bias)
+        )
         self._address = ctypes.byref(self.fields)
-        self.library.bestiary_pack(self._address, weight.data_ptr(), self.data.data_ptr(), self.scales.data_ptr())
+        self.library.bestiary_pack(self._address, pointer(weight), self.data.data_ptr(), pointer(self.scales))
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +74,7 @@ class PackedMatrix:
         """The weights of some outputs as numbers again."""
         if not 0 <= first <= first + count <= self.shape[0]:
             raise UsageError(f"rows {first}..{first + count} are not among the {self.shape[0]} of this matrix")
-        weight = torch.empty(count, self.shape[1])
+        weight = buffer(count, self.shape[1])
         self.library.bestiary_unpack(self._address, first, count, weight.data_ptr())
         return weight
 
@@ -80,7 +83,7 @@ class PackedMatrix:
         flat = x.reshape(-1, self.shape[1]).to(torch.float32)
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
         if len(flat) <= FEW_ROWS:
-            y = torch.empty(len(flat), self.shape[0])
+            y = buffer(len(flat), self.shape[0])
             self.library.bestiary_multiply(
                 self._address, len(flat), flat.data_ptr(), flat.stride(0), y.data_ptr(), self.shape[0]
             )
@@ -90,7 +93,7 @@ class PackedMatrix:
 
     def _dense(self, x: Tensor) -> Tensor:
         """The same for many rows, some outputs at a time."""
-        y, step = torch.empty(len(x), self.shape[0]), max(PANEL, PIECE // self.shape[1] // PANEL * PANEL)
+        y, step = buffer(len(x), self.shape[0]), max(PANEL, PIECE // self.shape[1] // PANEL * PANEL)
         x = x.to(torch.bfloat16) if self.form == "bf16" else x
         for first in range(0, self.shape[0], step):
             count = min(step, self.shape[0] - first)

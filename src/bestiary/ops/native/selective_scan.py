@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestiary.ops.native.library import load, pointer, rows
+from bestiary.ops.native.library import buffer, check_shapes, load, pointer, row_ends, rows
 
 _INTEGERS = ("batch", "time", "channels", "states", "softplus")
 _INPUTS = ("u", "dt", "A", "B", "C", "D", "bias", "z", "gaps")
@@ -65,12 +65,17 @@ def selective_scan(
 def _filled(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any) -> tuple[_Scan, list[Any]]:
     """The arguments as the kernel wants them, and the tensors that must stay alive while it runs."""
     D, bias, z, gaps, lengths, softplus = rest
+    (batch, time, channels), states = u.shape, A.shape[-1]
+    parts, whole = (batch, time, states), (batch, time, channels)
+    named = (("dt", dt, whole), ("A", A, (channels, states)), ("B", B, parts), ("C", C, parts), ("z", z, whole))
+    check_shapes("selective_scan", *named, ("D", D, (channels,)), ("dt_bias", bias, (channels,)))
+    check_shapes("selective_scan", ("intervals", gaps, (batch, time)))
     u, dt, B, C = (rows(x) for x in (u, dt, B, C))
     A = A.contiguous()
     D, bias, gaps = (None if x is None else x.contiguous() for x in (D, bias, gaps))
     z = None if z is None else rows(z)
-    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
-    scan = _Scan(*u.shape, A.shape[1], int(softplus))
+    lengths = row_ends("selective_scan", lengths, batch, time)
+    scan = _Scan(*whole, states, int(softplus))
     for name, tensor in zip(_INPUTS, (u, dt, A, B, C, D, bias, z, gaps)):
         setattr(scan, name, pointer(tensor))
     for name, tensor in zip(("u", "dt", "z", "b", "c"), (u, dt, z, B, C)):
@@ -96,8 +101,9 @@ def _forward(u, dt, A, B, C, D, bias, z, gaps, lengths, before, softplus, save):
     library, before = _library(), before.contiguous()
     scan, alive = _filled(u, dt, A, B, C, D, bias, z, gaps, lengths, softplus)
     sizes = (scan.batch, scan.time, scan.channels, scan.states)
-    y, after = torch.empty(sizes[:3], dtype=torch.float32), torch.empty_like(before)
-    starts = torch.empty(library.bestiary_scan_starts(*sizes) if save else 0, dtype=torch.float32)
+    check_shapes("selective_scan", ("state", before, (scan.batch, scan.channels, scan.states)))
+    y, after = buffer(*sizes[:3]), buffer(*before.shape)
+    starts = buffer(library.bestiary_scan_starts(*sizes) if save else 0)
     scan.before, scan.y, scan.after = pointer(before), pointer(y), pointer(after)
     scan.starts = pointer(starts) if save else None
     library.bestiary_scan_forward(ctypes.byref(scan))
@@ -111,11 +117,10 @@ def _backward(dy, dafter, u, dt, A, B, C, D, bias, z, gaps, lengths, starts, sof
     scan, alive = _filled(u, dt, A, B, C, D, bias, z, gaps, lengths, softplus)
     batch, time, channels, states = scan.batch, scan.time, scan.channels, scan.states
     scan.starts = pointer(starts)
-    du, ddt = (torch.empty(batch, time, channels) for _ in range(2))
-    dz = torch.empty((batch, time, channels) if z is not None else 0)
-    dB, dC = (torch.empty(library.bestiary_scan_groups(channels), batch, time, states) for _ in range(2))
-    dA, dbefore = torch.empty(batch, channels, states), torch.empty(batch, channels, states)
-    dD, dbias = (torch.empty(batch, channels) for _ in range(2))
+    du, ddt, dz = (buffer(batch, time, n) for n in (channels, channels, 0 if z is None else channels))
+    dB, dC = (buffer(library.bestiary_scan_groups(channels), batch, time, states) for _ in range(2))
+    dA, dbefore = (buffer(batch, channels, states) for _ in range(2))
+    dD, dbias = (buffer(batch, channels) for _ in range(2))
     outputs = [pointer(x) for x in (du, ddt, dz, dB, dC, dA, dD, dbias, dbefore)]
     back = _ScanBack(pointer(dy), pointer(dafter), dy.stride(0), dy.stride(1), *outputs)
     library.bestiary_scan_backward(ctypes.byref(scan), ctypes.byref(back))
@@ -132,18 +137,9 @@ def _(u, dt, A, B, C, D, bias, z, gaps, lengths, before, softplus, save):
 @torch.library.register_fake("bestiary::selective_scan_backward")
 def _(dy, dafter, u, dt, A, B, C, D, bias, z, gaps, lengths, starts, softplus):
     whole, channels = u.new_empty(u.shape), u.shape[2]
-    dz = u.new_empty(u.shape if z is not None else 0)
-    sums = [u.new_empty(channels) for _ in range(2)]
-    return (
-        whole,
-        u.new_empty(u.shape),
-        u.new_empty(A.shape),
-        u.new_empty(B.shape),
-        u.new_empty(C.shape),
-        *sums,
-        dz,
-        (torch.empty_like(dafter)),
-    )
+    dz = u.new_empty(*u.shape[:2], 0 if z is None else channels)
+    like = [u.new_empty(x.shape) for x in (u, A, B, C)]
+    return whole, *like, u.new_empty(channels), u.new_empty(channels), dz, u.new_empty(dafter.shape)
 
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:

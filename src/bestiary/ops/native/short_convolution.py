@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestiary.ops.native.library import kernel, pointer, rows
+from bestiary.ops.native.library import buffer, check_shapes, kernel, pointer, row_ends, rows
 
 MOST_TAPS = 16
 
@@ -50,9 +50,12 @@ def _filled(
     x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, lengths: Tensor | None, silu: bool
 ) -> tuple[_Convolution, list[Any]]:
     """The arguments as the kernel wants them, and the tensors that must stay alive while it runs."""
+    (batch, time, channels), taps = x.shape, weight.shape[-1]
+    named = (("weight", weight, (channels, taps)), ("bias", bias, (channels,)))
+    check_shapes("short_convolution", *named, ("state", before, (batch, taps - 1, channels)))
     x, weight, before = rows(x), weight.contiguous(), before.contiguous()
     bias = None if bias is None else bias.contiguous()
-    lengths = None if lengths is None else lengths.to(torch.int64).contiguous()
+    lengths = row_ends("short_convolution", lengths, batch, time)
     given = _Convolution(*x.shape, weight.shape[1], int(silu), *(pointer(t) for t in (x, weight, bias, before)))
     given.x_batch, given.x_time, given.lengths = x.stride(0), x.stride(1), pointer(lengths)
     return given, [x, weight, bias, before, lengths]
@@ -61,7 +64,7 @@ def _filled(
 @torch.library.impl("bestiary::short_convolution", "CPU")
 def _forward(x, weight, bias, before, lengths, silu):
     given, alive = _filled(x, weight, bias, before, lengths, silu)
-    y, after = torch.empty(x.shape), torch.empty(before.shape)
+    y, after = buffer(*x.shape), buffer(*before.shape)
     given.y, given.after = pointer(y), pointer(after)
     kernel("bestiary_convolution_forward")(ctypes.byref(given))
     del alive
@@ -72,8 +75,8 @@ def _forward(x, weight, bias, before, lengths, silu):
 def _backward(dy, dafter, x, weight, bias, before, lengths, silu):
     given, alive = _filled(x, weight, bias, before, lengths, silu)
     dy, dafter, (batch, _, channels), taps = rows(dy), dafter.contiguous(), x.shape, weight.shape[1]
-    dx, dbefore = torch.empty(x.shape), torch.empty(before.shape)
-    dweight, dbias = torch.empty(batch, taps, channels), torch.empty(batch, channels)
+    dx, dbefore = buffer(*x.shape), buffer(*before.shape)
+    dweight, dbias = buffer(batch, taps, channels), buffer(batch, channels)
     outputs = (pointer(t) for t in (dx, dbefore, dweight, dbias))
     back = _ConvolutionBack(pointer(dy), pointer(dafter), dy.stride(0), dy.stride(1), *outputs)
     kernel("bestiary_convolution_backward")(ctypes.byref(given), ctypes.byref(back))
