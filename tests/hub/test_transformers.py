@@ -173,6 +173,28 @@ def test_what_does_not_fit_is_one_clear_error(llama: Path, fields: dict[str, Any
     assert "\n" not in str(raised.value)
 
 
+ODD = [None, -1, 10**9, float("nan"), "x", [], {}]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_neox", "recurrent_gemma", "lfm2", "qwen3_next"])
+def test_odd_fields_are_one_clear_error_or_a_model(name: str, tmp_path: Path) -> None:
+    """Each field of the configuration, and of the objects in it, becomes each of these; nothing else may happen."""
+    published(*CASES[name]).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    inside = {key: value for key, value in config.items() if isinstance(value, dict)}
+    fields = [{key: odd} for key in config for odd in ODD]
+    fields += [{key: value | {part: odd}} for key, value in inside.items() for part in value for odd in ODD]
+    refused = 0
+    for changed in fields:
+        (tmp_path / "config.json").write_text(json.dumps(config | changed))
+        try:
+            bestiary.load(tmp_path)
+        except BestiaryError as error:
+            refused += 1
+            assert "\n" not in str(error), changed
+    assert 0 < refused < len(fields)
+
+
 def test_weights_in_several_files_are_read_and_a_missing_file_is_named(tmp_path: Path) -> None:
     model = published(*CASES["llama"])
     model.save_pretrained(tmp_path, max_shard_size="100KB")

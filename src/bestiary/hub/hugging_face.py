@@ -13,6 +13,7 @@ from torch import Tensor
 from bestiary.data import tokenizer as tokens
 from bestiary.errors import BestiaryError, UsageError
 from bestiary.hub import families
+from bestiary.hub.keys import Key
 from bestiary.hub.shards import Shards
 from bestiary.models import LanguageModel, packing
 
@@ -41,7 +42,8 @@ def load(folder: Path, fields: dict[str, Any], weights: str | None = None) -> tu
             raise BestiaryError(f"{shards.source}: {copy} should be {original} again, as config.json says, and is not")
     tokenizer = tokens.load(folder) if (folder / tokens.JSON_FILE).exists() else None
     if weights is not None:
-        return packing.packed(skeleton, weights, lambda name: parameter(recipe, shards, name)), tokenizer
+        owner = {name: key for key in recipe.keys for name in key.ours}
+        return packing.packed(skeleton, weights, lambda name: parameter(owner[name], shards, name)), tokenizer
     with torch.random.fork_rng(devices=[]):  # loading leaves the caller's random numbers alone
         model = LanguageModel(recipe.config).to(shards.dtype(wanted))
     parameters = dict(model.named_parameters())
@@ -52,9 +54,8 @@ def load(folder: Path, fields: dict[str, Any], weights: str | None = None) -> tu
     return model, tokenizer
 
 
-def parameter(recipe: families.Recipe, shards: Shards, name: str) -> Tensor:
-    """One of our parameters, read now."""
-    key = next(key for key in recipe.keys if name in key.ours)
+def parameter(key: Key, shards: Shards, name: str) -> Tensor:
+    """One of our parameters by its key, read now."""
     return key.form.read([shards.read(theirs) for theirs in key.theirs])[key.ours.index(name)]
 
 

@@ -39,33 +39,39 @@ def blocks(count: int) -> Form:
     )
 
 
-def rows(ours: Sequence[int], theirs: Sequence[int], order: Tensor | None = None) -> Form:
+def rows(ours: Sequence[int], theirs: Sequence[int], order: Callable[[], Tensor] | None = None) -> Form:
     """Tensors of these many rows: theirs one after the other, in another order, cut into ours.
 
     Args:
         ours, theirs: rows of each tensor; their sums are equal.
-        order: which of their rows each of ours is; None for the same order.
+        order: gives which of their rows each of ours is, once shapes are known to be right; None for the same order.
     """
 
     def read(tensors: Tensors) -> Tensors:
         whole = torch.cat(tensors)
-        return list((whole if order is None else whole[order.to(whole.device)]).split(list(ours)))
+        return list((whole if order is None else whole[order()]).split(list(ours)))
 
     def write(tensors: Tensors) -> Tensors:
         whole = torch.cat(tensors)
-        return list((whole if order is None else whole[order.argsort().to(whole.device)]).split(list(theirs)))
+        if order is not None and not whole.is_meta:  # without numbers there is nothing to put in order
+            whole = whole[order().argsort()]
+        return list(whole.split(list(theirs)))
 
     return Form(read, write)
 
 
-def grouped(sizes: Sequence[int], groups: int) -> Tensor:
+def grouped(sizes: Sequence[int], groups: int) -> Callable[[], Tensor]:
     """The order for `rows` where theirs interleaves parts group by group: [a_1, b_1, a_2, b_2, ...] for [a, b].
 
     Args:
         sizes: rows of each part in one group.
     """
-    index = torch.arange(groups * sum(sizes)).reshape(groups, -1)
-    return torch.cat([part.flatten() for part in index.split(list(sizes), dim=1)])
+
+    def order() -> Tensor:
+        index = torch.arange(groups * sum(sizes)).reshape(groups, -1)
+        return torch.cat([part.flatten() for part in index.split(list(sizes), dim=1)])
+
+    return order
 
 
 @dataclass(frozen=True)

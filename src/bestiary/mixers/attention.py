@@ -90,7 +90,7 @@ class Attention(Mixer):
             )
         self.residuals, self.d_inner = residuals, self.n_heads * head_dim
         self.qkv = nn.Linear(self.d_in, self.d_inner + 2 * self.n_kv_heads * head_dim, bias=qkv_bias)
-        self.norms = nn.ModuleList(RMSNorm(head_dim, eps=norm_eps) for _ in range(2 * qk_norm))  # of q, of k
+        self.q_norm, self.k_norm = (RMSNorm(head_dim, eps=norm_eps) if qk_norm else None for _ in range(2))
         self.gate = nn.Linear(self.d_in, self.d_inner, bias=qkv_bias) if gate else None
         self.out = nn.Linear(self.d_inner, d_model, bias=out_bias)
         self.reset_parameters()
@@ -99,8 +99,9 @@ class Attention(Mixer):
         gpt_init(self.qkv, self.d_in)
         if self.gate is not None:
             gpt_init(self.gate, self.d_in)
-        for norm in self.norms:
-            norm.reset_parameters()  # type: ignore[operator]
+        for norm in (self.q_norm, self.k_norm):
+            if norm is not None:
+                norm.reset_parameters()
         gpt_init(self.out, self.d_inner, residuals=self.residuals)
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> ops.KVCache:
@@ -127,7 +128,7 @@ class Attention(Mixer):
     ) -> tuple[Float[Tensor, "batch time d_model"], ops.KVCache]:
         widths = [self.d_inner, *[self.n_kv_heads * self.head_dim] * 2]
         q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in self.qkv(x).split(widths, -1))
-        q, k = (norm(z) for norm, z in zip(self.norms, (q, k))) if self.norms else (q, k)
+        q, k = (z if norm is None else norm(z) for norm, z in ((self.q_norm, q), (self.k_norm, k)))
         if self.rotary:
             position = ops.positions(state.position, x.shape[1])
             turn: dict[str, Any] = {"base": self.rotary_base, "dims": self.rotary_dims, "stretch": self.rotary_stretch}

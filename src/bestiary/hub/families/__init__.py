@@ -6,7 +6,7 @@ A file registers, for the `model_type`s that it knows, a function from the publi
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,26 +64,50 @@ class Fields:
             raise BestiaryError(f"config.json: {name} must be a positive integer, not {value!r}")
         return value
 
-    def layers(self) -> int:
-        """The number of layers, of which there cannot be very many."""
-        count = self.size("num_hidden_layers")
+    def few(self, name: str) -> int:
+        """A field that is a number of modules, of which there cannot be very many."""
+        count = self.size(name)
         if count > MOST_LAYERS:
-            raise BestiaryError(f"config.json: num_hidden_layers={count} is more than {MOST_LAYERS}")
+            raise BestiaryError(f"config.json: {name}={count} is more than {MOST_LAYERS}")
         return count
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A field that is a number."""
+    def layers(self) -> int:
+        """The number of layers."""
+        return self.few("num_hidden_layers")
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A field that is true or false."""
         value = self.get(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not isinstance(value, bool):
+            raise BestiaryError(f"config.json: {name} must be true or false, not {value!r}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A field that is a number, and finite."""
+        value = self.get(name, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) < 1e18:
             raise BestiaryError(f"config.json: {name} must be a number, not {value!r}")
         return float(value)
 
-    def words(self, name: str, count: int) -> list[str]:
-        """A field that is a list of words, one a layer."""
-        value = self.get(name)
-        if not isinstance(value, list) or len(value) != count or not all(isinstance(word, str) for word in value):
-            raise BestiaryError(f"config.json: {name} must be a list of {count} words, not {value!r}")
+    def listed(self, name: str, kind: type, default: list[Any], count: int | None = None) -> list[Any]:
+        """A field that is a list of words (str) or of layers (int), not empty where a default is given, or as long."""
+        value = self.get(name, default)
+        if not isinstance(value, list) or not all(type(entry) is kind for entry in value):
+            raise BestiaryError(f"config.json: {name} must be a list of {kind.__name__}, not {value!r}")
+        if (default and not value) or (count is not None and len(value) != count):
+            raise BestiaryError(f"config.json: {name} has {len(value)} entries, not {count or 'one or more'}")
         return value
+
+    def kinds(
+        self, name: str, allowed: Iterable[str], *, count: int | None = None, default: Sequence[str] = ()
+    ) -> list[str]:
+        """A field that names the kinds of layers, of as many as `count` says."""
+        allowed = list(allowed)
+        found = self.listed(name, str, list(default), count)
+        for kind in found:
+            if kind not in allowed:
+                raise BestiaryError(f"config.json: {name} {kind!r} is not supported, only {', '.join(allowed)}")
+        return found
 
     def must_be(self, name: str, *allowed: Any, default: Any = None) -> Any:
         """A field that may have these values alone, since no other is supported."""
@@ -92,12 +116,6 @@ class Fields:
             raise BestiaryError(
                 f"config.json: {name}={value!r} is not supported, only {', '.join(repr(word) for word in allowed)}"
             )
-        return value
-
-    def one_of(self, name: str, value: Any, allowed: Iterable[str]) -> str:
-        """A word within a field, which must be among these."""
-        if value not in (allowed := list(allowed)):
-            raise BestiaryError(f"config.json: {name} {value!r} is not supported, only {', '.join(allowed)}")
         return value
 
     def rotary(self, head_dim: int, *, base: float = 10000.0, part: float = 1.0) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from bestiary.models.layout import Layer, Part, spell
 @family("gpt_neox")
 def read(fields: Fields) -> Recipe:
     d_model, n_layers = fields.size("hidden_size"), fields.layers()
-    n_heads, biased = fields.size("num_attention_heads"), bool(fields.get("attention_bias", True))
+    n_heads, biased = fields.size("num_attention_heads"), fields.flag("attention_bias", True)
     fields.must_be("hidden_act", "gelu", default="gelu")
     fields.must_be("hidden_size", d_model // n_heads * n_heads)
     head_dim, bases = d_model // n_heads, {"base": fields.number("rotary_emb_base", 10000.0)}
@@ -22,8 +22,8 @@ def read(fields: Fields) -> Recipe:
         fields.size("vocab_size"),
         norm="layer",
         norm_eps=fields.number("layer_norm_eps", 1e-5),
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
-        parallel_residual=bool(fields.get("use_parallel_residual", True)),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
+        parallel_residual=fields.flag("use_parallel_residual", True),
     )
     interleaved = rows([3 * d_model], [3 * d_model], grouped([head_dim] * 3, n_heads))  # q, k, v head by head
     keys: list[Key] = []

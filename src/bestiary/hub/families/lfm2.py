@@ -1,5 +1,6 @@
 """LFM2 (Liquid AI): mostly gated short convolutions, attention with normed q and k in between."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from bestiary.hub.families import Fields, Recipe, assemble, family
@@ -12,7 +13,7 @@ from bestiary.models.layout import Layer, Part, spell
 @family("lfm2")
 def read(fields: Fields) -> Recipe:
     d_model, n_layers = fields.size("hidden_size"), fields.layers()
-    n_heads, biased = fields.size("num_attention_heads"), bool(fields.get("conv_bias", False))
+    n_heads, biased = fields.size("num_attention_heads"), fields.flag("conv_bias", False)
     head_dim, eps = d_model // n_heads, fields.number("norm_eps", 1e-5)
     full: dict[str, Any] = {
         "n_heads": n_heads,
@@ -24,16 +25,14 @@ def read(fields: Fields) -> Recipe:
     }
     conv = {"conv_kernel": fields.size("conv_L_cache", 3), "bias": biased}
     parts = {"conv": Part("gated_conv", conv), "full_attention": Part("attention", full)}
-    kinds, hidden = _kinds(fields, n_layers), _hidden(fields)
-    layers = [
-        Layer((parts[fields.one_of("layer_types", kind, parts)],), "swiglu", {"d_hidden": hidden}) for kind in kinds
-    ]
+    kinds, hidden = _kinds(fields, n_layers, parts), _hidden(fields)
+    layers = [Layer((parts[kind],), "swiglu", {"d_hidden": hidden}) for kind in kinds]
     config = ModelConfig(
         spell(layers),
         d_model,
         fields.size("vocab_size"),
         norm_eps=eps,
-        tie_embeddings=bool(fields.get("tie_word_embeddings", fields.get("tie_embedding", True))),
+        tie_embeddings=fields.flag("tie_word_embeddings", fields.get("tie_embedding", True)),
     )
     keys: list[Key] = []
     for i, kind in enumerate(kinds):
@@ -51,17 +50,17 @@ def read(fields: Fields) -> Recipe:
     return assemble(config, keys, embedding="model.embed_tokens", norm="model.embedding_norm")
 
 
-def _kinds(fields: Fields, n_layers: int) -> list[str]:
+def _kinds(fields: Fields, n_layers: int, parts: Iterable[str]) -> list[str]:
     if fields.get("layer_types") is not None:
-        return fields.words("layer_types", n_layers)
-    full = fields.get("full_attn_idxs", list(range(n_layers)))
+        return fields.kinds("layer_types", parts, count=n_layers)
+    full = fields.listed("full_attn_idxs", int, list(range(n_layers)))
     return ["full_attention" if i in full else "conv" for i in range(n_layers)]
 
 
 def _hidden(fields: Fields) -> int:
     """The MLP's inner width: two thirds of what is written, times a factor, rounded up, where it is to be adjusted."""
     hidden = fields.size("block_ff_dim", fields.size("intermediate_size", fields.get("block_ff_dim")))
-    if not fields.get("block_auto_adjust_ff_dim", True):
+    if not fields.flag("block_auto_adjust_ff_dim", True):
         return hidden
     hidden = int(2 * hidden / 3)
     if fields.fields.get("block_ffn_dim_multiplier", 1.0) is None:

@@ -12,7 +12,7 @@ from bestiary.models.layout import Layer, Part, spell
 def read(fields: Fields) -> Recipe:
     kind, d_model, n_layers = fields.get("model_type"), fields.size("hidden_size"), fields.layers()
     fields.must_be("hidden_act", "silu", default="silu")
-    n_heads, biased = fields.size("num_attention_heads"), bool(fields.get("attention_bias", False))
+    n_heads, biased = fields.size("num_attention_heads"), fields.flag("attention_bias", False)
     head_dim, hidden = fields.size("head_dim", d_model // n_heads), fields.size("intermediate_size")
     n_kv_heads = fields.size("num_key_value_heads", n_heads)
     options: dict[str, Any] = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
@@ -20,7 +20,7 @@ def read(fields: Fields) -> Recipe:
     if kind == "qwen3":
         options |= {"qk_norm": True, "norm_eps": fields.number("rms_norm_eps", 1e-6)}
     mlp: dict[str, Any] = {"d_hidden": hidden}
-    if fields.get("mlp_bias", False):
+    if fields.flag("mlp_bias", False):
         mlp["bias"] = True
     layers = [
         Layer((Part("attention", options | _window(fields, i, n_layers)),), "swiglu", mlp) for i in range(n_layers)
@@ -30,7 +30,7 @@ def read(fields: Fields) -> Recipe:
         d_model,
         fields.size("vocab_size"),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
     )
     keys: list[Key] = []
     for i in range(n_layers):
@@ -51,8 +51,8 @@ def attention(
     keys = joined(f"{ours}.qkv", maps, [width, narrow, narrow], bias=options.get("qkv_bias", False))
     keys += same(f"{ours}.out", f"{theirs}.{out}", *affine(options.get("out_bias", False)))
     if options.get("qk_norm"):
-        keys += same(f"{ours}.norms.0", f"{theirs}.q_{norms}", "weight")
-        keys += same(f"{ours}.norms.1", f"{theirs}.k_{norms}", "weight")
+        keys += same(f"{ours}.q_norm", f"{theirs}.q_{norms}", "weight")
+        keys += same(f"{ours}.k_norm", f"{theirs}.k_{norms}", "weight")
     return keys
 
 
@@ -74,10 +74,11 @@ def gated_mlp(
 def _window(fields: Fields, layer: int, n_layers: int) -> dict[str, Any]:
     """The option for a layer's window, where it has one."""
     window = fields.get("sliding_window")
-    if window is None or fields.get("use_sliding_window") is False:
+    if window is None or not fields.flag("use_sliding_window", True):
         return {}
-    if fields.get("layer_types"):
-        slides = fields.words("layer_types", n_layers)[layer] == "sliding_attention"
+    if fields.get("layer_types") is not None:
+        kinds = fields.kinds("layer_types", ("full_attention", "sliding_attention"), count=n_layers)
+        slides = kinds[layer] == "sliding_attention"
     else:
         slides = layer >= fields.number("max_window_layers", 0)
     return {"window": fields.size("sliding_window")} if slides else {}

@@ -13,9 +13,7 @@ PARTS = ("A_log", "D", "in_proj.weight", "x_proj.weight", "dt_proj.weight", "dt_
 @family("mamba", "falcon_mamba")
 def read(fields: Fields) -> Recipe:
     d_model, n_layers = fields.size("hidden_size"), fields.layers()
-    fields.must_be("hidden_act", "silu", default="silu")
-    fields.must_be("use_bias", False, default=False)
-    fields.must_be("use_conv_bias", True, default=True)
+    check(fields)
     inner = fields.size("intermediate_size", int(fields.number("expand", 2) * d_model))
     options: dict[str, Any] = {
         "d_state": fields.size("state_size", 16),
@@ -30,9 +28,16 @@ def read(fields: Fields) -> Recipe:
         d_model,
         fields.size("vocab_size"),
         norm_eps=fields.number("layer_norm_epsilon", 1e-5),
-        tie_embeddings=bool(fields.get("tie_word_embeddings", True)),
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
     )
     return assemble(config, blocks(n_layers, PARTS), embedding="backbone.embeddings", norm="backbone.norm_f")
+
+
+def check(fields: Fields) -> None:
+    """What both Mambas have in common that no published model has otherwise."""
+    fields.must_be("hidden_act", "silu", default="silu")
+    fields.must_be("use_bias", False, default=False)
+    fields.must_be("use_conv_bias", True, default=True)
 
 
 def blocks(n_layers: int, parts: tuple[str, ...]) -> list[Key]:

@@ -1,7 +1,7 @@
 """Mamba-2, and Codestral-Mamba in its layout."""
 
 from bestiary.hub.families import Fields, Recipe, assemble, family
-from bestiary.hub.families.mamba import blocks
+from bestiary.hub.families.mamba import blocks, check
 from bestiary.hub.keys import same
 from bestiary.models import ModelConfig
 from bestiary.models.layout import Layer, Part, spell
@@ -12,9 +12,7 @@ PARTS = ("A_log", "D", "dt_bias", "in_proj.weight", "out_proj.weight")
 @family("mamba2")
 def read(fields: Fields) -> Recipe:
     d_model, n_layers = fields.size("hidden_size"), fields.layers()
-    fields.must_be("hidden_act", "silu", default="silu")
-    fields.must_be("use_bias", False, default=False)
-    fields.must_be("use_conv_bias", True, default=True)
+    check(fields)
     fields.must_be("rms_norm", True, default=True)
     fields.must_be(
         "time_step_limit", [0.0, float("inf")], [0.0, {"__float__": "Infinity"}], default=[0.0, float("inf")]
@@ -32,7 +30,7 @@ def read(fields: Fields) -> Recipe:
         d_model,
         fields.size("vocab_size"),
         norm_eps=fields.number("layer_norm_epsilon", 1e-5),
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
     )
     keys = blocks(n_layers, PARTS)
     for i in range(n_layers):

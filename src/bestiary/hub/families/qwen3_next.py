@@ -1,5 +1,6 @@
 """Qwen3-Next: three gated delta nets to one gated attention, a mixture of experts after each."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from bestiary.models.layout import Layer, Part, spell
 def read(fields: Fields) -> Recipe:
     d_model, n_layers = fields.size("hidden_size"), fields.layers()
     fields.must_be("hidden_act", "silu", default="silu")
-    eps, biased = fields.number("rms_norm_eps", 1e-6), bool(fields.get("attention_bias", False))
+    eps, biased = fields.number("rms_norm_eps", 1e-6), fields.flag("attention_bias", False)
     n_heads, head_dim = fields.size("num_attention_heads"), fields.size("head_dim", 256)
     full: dict[str, Any] = {
         "n_heads": n_heads,
@@ -39,13 +40,13 @@ def read(fields: Fields) -> Recipe:
         "norm_eps": eps,
     }
     parts = {"linear_attention": Part("gated_delta_net", delta), "full_attention": Part("attention", full)}
-    kinds, channels = _kinds(fields, n_layers), [_channel(fields, i) for i in range(n_layers)]
+    kinds, channels = _kinds(fields, n_layers, parts), [_channel(fields, i) for i in range(n_layers)]
     config = ModelConfig(
-        spell([Layer((parts[fields.one_of("layer_types", k, parts)],), *c) for k, c in zip(kinds, channels)]),
+        spell([Layer((parts[kind],), *channel) for kind, channel in zip(kinds, channels)]),
         d_model,
         fields.size("vocab_size"),
         norm_eps=eps,
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
     )
     keys: list[Key] = []
     for i, (kind, (channel, options)) in enumerate(zip(kinds, channels)):
@@ -61,18 +62,19 @@ def read(fields: Fields) -> Recipe:
     return assemble(config, keys, embedding="model.embed_tokens", norm="model.norm", norm_form=FROM_ONE)
 
 
-def _kinds(fields: Fields, n_layers: int) -> list[str]:
+def _kinds(fields: Fields, n_layers: int, parts: Iterable[str]) -> list[str]:
     if fields.get("layer_types") is not None:
-        return fields.words("layer_types", n_layers)
+        return fields.kinds("layer_types", parts, count=n_layers)
     every = fields.size("full_attention_interval", 4)
     return ["linear_attention" if (i + 1) % every else "full_attention" for i in range(n_layers)]
 
 
 def _channel(fields: Fields, layer: int) -> tuple[str, dict[str, Any]]:
     """What follows the mixer of a layer: experts, or one MLP."""
-    experts = fields.get("num_experts", 0)
-    if layer in fields.get("mlp_only_layers", []) or not experts or (layer + 1) % fields.size("decoder_sparse_step", 1):
+    alone = layer in fields.listed("mlp_only_layers", int, []) or (layer + 1) % fields.size("decoder_sparse_step", 1)
+    if alone or fields.get("num_experts", 0) == 0:
         return "swiglu", {"d_hidden": fields.size("intermediate_size")}
+    experts = fields.few("num_experts")
     fields.must_be("norm_topk_prob", True, default=True)
     hidden, shared = fields.size("moe_intermediate_size"), fields.size("shared_expert_intermediate_size")
     fields.must_be("shared_expert_intermediate_size", shared // hidden * hidden)
@@ -84,15 +86,18 @@ def _attention(ours: str, theirs: str, options: dict[str, Any]) -> list[Key]:
     """Keys of an attention layer; q and the gate are interleaved head by head."""
     n_heads, head_dim, biased = options["n_heads"], options["head_dim"], options["qkv_bias"]
     wide, narrow = n_heads * head_dim, options["n_kv_heads"] * head_dim
-    order = torch.cat([grouped([head_dim, head_dim], n_heads), torch.arange(2 * wide, 2 * (wide + narrow))])
-    order = torch.cat([order[:wide], order[2 * wide :], order[wide : 2 * wide]])  # q, k, v, gate
+
+    def order() -> Tensor:
+        q, gate = grouped([head_dim, head_dim], n_heads)().chunk(2)
+        return torch.cat([q, torch.arange(2 * wide, 2 * (wide + narrow)), gate])
+
     form, keys = rows([wide + 2 * narrow, wide], [2 * wide, narrow, narrow], order), list[Key]()
     for part in affine(biased):
         published = tuple(f"{theirs}.{name}_proj.{part}" for name in "qkv")
         keys.append(Key((f"{ours}.qkv.{part}", f"{ours}.gate.{part}"), published, form))
     keys += same(f"{ours}.out", f"{theirs}.o_proj", *affine(options["out_bias"]))
-    keys += same(f"{ours}.norms.0", f"{theirs}.q_norm", "weight", form=FROM_ONE)
-    return keys + same(f"{ours}.norms.1", f"{theirs}.k_norm", "weight", form=FROM_ONE)
+    keys += same(f"{ours}.q_norm", f"{theirs}.q_norm", "weight", form=FROM_ONE)
+    return keys + same(f"{ours}.k_norm", f"{theirs}.k_norm", "weight", form=FROM_ONE)
 
 
 class _Linear:

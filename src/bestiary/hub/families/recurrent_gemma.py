@@ -26,7 +26,7 @@ def read(fields: Fields) -> Recipe:
         "n_kv_heads": fields.size("num_key_value_heads", n_heads),
         "head_dim": head_dim,
         "window": fields.size("attention_window_size", 2048),
-        "qkv_bias": bool(fields.get("attention_bias", False)),
+        "qkv_bias": fields.flag("attention_bias", False),
         "out_bias": True,
         **fields.rotary(head_dim, part=0.5),
     }
@@ -37,15 +37,15 @@ def read(fields: Fields) -> Recipe:
         "unscaled_start": True,
     }
     parts = {"recurrent": Part("rg_lru", recurrent), "attention": Part("attention", local)}
-    pattern = fields.get("block_types", ["recurrent", "recurrent", "attention"])
-    kinds = [fields.one_of("block_types", pattern[i % len(pattern)], parts) for i in range(n_layers)]
+    pattern = fields.kinds("block_types", parts, default=("recurrent", "recurrent", "attention"))
+    kinds = [pattern[i % len(pattern)] for i in range(n_layers)]
     channel = {"d_hidden": hidden, "bias": True}
     config = ModelConfig(
         spell([Layer((parts[kind],), "geglu", channel) for kind in kinds]),
         d_model,
         fields.size("vocab_size"),
         norm_eps=fields.number("rms_norm_eps", 1e-6),
-        tie_embeddings=bool(fields.get("tie_word_embeddings", True)),
+        tie_embeddings=fields.flag("tie_word_embeddings", True),
         embedding_scale=float(torch.tensor(d_model**0.5, dtype=torch.bfloat16)),  # as it was trained: rounded
         logit_cap=fields.number("logits_soft_cap", 30.0),
     )

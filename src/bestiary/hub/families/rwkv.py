@@ -19,7 +19,7 @@ def read(fields: Fields) -> Recipe:
         fields.size("vocab_size"),
         norm="layer",
         norm_eps=fields.number("layer_norm_epsilon", 1e-5),
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
         embedding_norm=True,
     )
     keys = same("embedding_norm", "rwkv.blocks.0.pre_ln", "weight", "bias")

@@ -29,7 +29,7 @@ def read(fields: Fields) -> Recipe:
         d_model,
         fields.size("vocab_size"),
         norm_eps=eps,
-        tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_embeddings=fields.flag("tie_word_embeddings", False),
         logit_cap=fields.number("output_logit_soft_cap", 30.0),
     )
     widths = [round(expand_k * d_model)] * 2 + [round(expand_v * d_model)] * 2
