@@ -5,7 +5,7 @@ import torch
 from ops.forms import KINDS, LENGTHS, check_forms, gates, normal
 
 from bestiary import ops
-from bestiary.ops import ssm
+from bestiary.ops import ssm, ssm_scan
 
 CHANNELS, HALF = 3, 4
 
@@ -132,7 +132,7 @@ def test_the_diagonal_recurrence_in_chunks(time: int, dt_scale: float) -> None:
     parts = torch.view_as_real(ssm.zoh(L, B, dt_scale * dt[:, None])[0]), torch.view_as_real(B), torch.view_as_real(C)
 
     def op(u, a, b, c, d, state):  # type: ignore[no-untyped-def]
-        return ssm.diagonal_ssm(u, *(torch.view_as_complex(x) for x in (a, b, c)), d, state=state)
+        return ssm_scan.diagonal_ssm(u, *(torch.view_as_complex(x) for x in (a, b, c)), d, state=state)
 
     check_forms(op, [normal(2, time, CHANNELS), *parts, normal(CHANNELS), normal(2, CHANNELS, HALF, 2)])
 
@@ -144,16 +144,16 @@ def test_the_real_recurrence_in_chunks(kind: str, time: int) -> None:
     parts = gates(kind, CHANNELS, HALF).exp(), normal(CHANNELS, HALF), normal(CHANNELS, HALF)
 
     def op(u, a, b, c, d, state):  # type: ignore[no-untyped-def]
-        return ssm.real_ssm(u, a, b, c, d, state=state)
+        return ssm_scan.real_ssm(u, a, b, c, d, state=state)
 
     check_forms(op, [normal(2, time, CHANNELS), *parts, normal(CHANNELS), normal(2, CHANNELS, HALF)])
 
 
 def test_the_real_recurrence_is_half_the_complex_one_and_the_dense_one_on_a_diagonal() -> None:
     a, b, c, u = torch.rand(CHANNELS, HALF).double(), normal(CHANNELS, HALF), normal(CHANNELS, HALF), normal(2, 70, 3)
-    y, h = ssm.real_ssm(u, a, b, c)
-    twice, modal = ssm.diagonal_ssm(u, *(x.to(torch.complex128) for x in (a, b, c)))
-    dense, _ = ssm.dense_ssm(u, torch.diag_embed(a), b, c)
+    y, h = ssm_scan.real_ssm(u, a, b, c)
+    twice, modal = ssm_scan.diagonal_ssm(u, *(x.to(torch.complex128) for x in (a, b, c)))
+    dense, _ = ssm_scan.dense_ssm(u, torch.diag_embed(a), b, c)
     torch.testing.assert_close(2 * y, twice, rtol=0, atol=1e-11)
     torch.testing.assert_close(torch.stack([h, torch.zeros_like(h)], -1), modal, rtol=0, atol=1e-11)
     torch.testing.assert_close(y, dense, rtol=0, atol=1e-11)
@@ -166,7 +166,7 @@ def test_the_dense_recurrence_in_chunks(time: int) -> None:
     A_bar, B_bar = ssm.bilinear_dense(a, b, dt)
 
     def op(u, a, b, c, state):  # type: ignore[no-untyped-def]
-        return ssm.dense_ssm(u, a, b, c, state=state)
+        return ssm_scan.dense_ssm(u, a, b, c, state=state)
 
     check_forms(op, [normal(2, time, CHANNELS), A_bar, B_bar, c, normal(2, CHANNELS, 2 * HALF)])
 
@@ -179,15 +179,15 @@ def test_padding_takes_no_time(form: str) -> None:
     lengths = torch.tensor([0, 1, 64, 77, 130])
     u, h, modal = normal(5, 130, CHANNELS), normal(5, CHANNELS, 2 * HALF), normal(5, CHANNELS, HALF, 2)
     with ops.use(form):
-        _, last = ssm.dense_ssm(u, A_bar, B_bar, c, state=h, lengths=lengths)
-        _, last_modal = ssm.diagonal_ssm(u, *ssm.zoh(L, B, dt[:, None]), C, state=modal, lengths=lengths)
-        _, last_real = ssm.real_ssm(u, L.real.exp(), B.real, C.real, state=modal[..., 0], lengths=lengths)
+        _, last = ssm_scan.dense_ssm(u, A_bar, B_bar, c, state=h, lengths=lengths)
+        _, last_modal = ssm_scan.diagonal_ssm(u, *ssm.zoh(L, B, dt[:, None]), C, state=modal, lengths=lengths)
+        _, last_real = ssm_scan.real_ssm(u, L.real.exp(), B.real, C.real, state=modal[..., 0], lengths=lengths)
     assert torch.equal(last[0], h[0]) and torch.equal(last_modal[0], modal[0])
     assert torch.equal(last_real[0], modal[0, ..., 0])
     for i, n in enumerate(lengths.tolist()):
-        _, alone = ssm.dense_ssm(u[i : i + 1, :n], A_bar, B_bar, c, state=h[i : i + 1])
+        _, alone = ssm_scan.dense_ssm(u[i : i + 1, :n], A_bar, B_bar, c, state=h[i : i + 1])
         torch.testing.assert_close(last[i : i + 1], alone, rtol=0, atol=1e-11)
-        _, alone = ssm.diagonal_ssm(u[i : i + 1, :n], *ssm.zoh(L, B, dt[:, None]), C, state=modal[i : i + 1])
+        _, alone = ssm_scan.diagonal_ssm(u[i : i + 1, :n], *ssm.zoh(L, B, dt[:, None]), C, state=modal[i : i + 1])
         torch.testing.assert_close(last_modal[i : i + 1], alone, rtol=0, atol=1e-11)
-        _, alone = ssm.real_ssm(u[i : i + 1, :n], L.real.exp(), B.real, C.real, state=modal[i : i + 1, ..., 0])
+        _, alone = ssm_scan.real_ssm(u[i : i + 1, :n], L.real.exp(), B.real, C.real, state=modal[i : i + 1, ..., 0])
         torch.testing.assert_close(last_real[i : i + 1], alone, rtol=0, atol=1e-11)

@@ -20,7 +20,7 @@ from bestiary.ops.monarch import block_diagonal, monarch
 from bestiary.ops.rotary import positions, rotate, rotate_pairs, sum_angles
 from bestiary.ops.selective_scan import selective_scan
 from bestiary.ops.short_convolution import short_convolution
-from bestiary.ops.ssm import dense_ssm, diagonal_ssm, real_ssm
+from bestiary.ops.ssm_scan import dense_ssm, diagonal_ssm, real_ssm
 from bestiary.ops.wkv import WKVState, empty_wkv, wkv
 
 __all__ = [
