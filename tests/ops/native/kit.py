@@ -11,7 +11,7 @@ import torch
 from ops.forms import relative, run
 from torch import Tensor
 
-from bestiary import UsageError
+from bestiary import UsageError, ops
 from bestiary.ops.native import load
 
 LIMIT = 2e-6
@@ -85,6 +85,16 @@ def check_refusals(
         if tensor.is_floating_point():
             with pytest.raises(TypeError, match="kernels read fp32"):
                 operator(*arguments[:i], tensor.double(), *arguments[i + 1 :])
+
+
+def check_second(op: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+    """A second derivative is a clear error, not a wrong number."""
+    live = [x.float().requires_grad_() for x in inputs]
+    with ops.use("native"):
+        y, _ = op(*live)
+    gradients = torch.autograd.grad(y.square().sum(), live, create_graph=True, allow_unused=True)
+    with pytest.raises(UsageError, match="has no second derivative"):
+        torch.autograd.grad(sum(g.square().sum() for g in gradients if g is not None), live)
 
 
 def in_process(code: str, **environment: str) -> str:

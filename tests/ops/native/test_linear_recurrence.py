@@ -3,7 +3,15 @@
 import pytest
 import torch
 from ops.forms import KINDS, gates, normal
-from ops.native.kit import check_defaults, check_kernel, check_layouts, check_refusals, check_threads, needed
+from ops.native.kit import (
+    check_defaults,
+    check_kernel,
+    check_layouts,
+    check_refusals,
+    check_second,
+    check_threads,
+    needed,
+)
 from torch import Tensor
 
 from bestiary import UsageError, ops
@@ -47,6 +55,10 @@ def test_padding_takes_no_part_whatever_it_holds() -> None:
 
 def test_the_default_dtype_changes_no_bit() -> None:
     check_defaults(op, case((2, 9, 5), "weak"))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    check_second(op, case((2, 9, 5), "weak"))
 
 
 def test_other_shapes_are_refused() -> None:

@@ -3,7 +3,15 @@
 import pytest
 import torch
 from ops.forms import KINDS, gates, normal
-from ops.native.kit import check_defaults, check_kernel, check_layouts, check_refusals, check_threads, needed
+from ops.native.kit import (
+    check_defaults,
+    check_kernel,
+    check_layouts,
+    check_refusals,
+    check_second,
+    check_threads,
+    needed,
+)
 
 from bestiary import ops
 
@@ -77,6 +85,10 @@ def test_padding_takes_no_time_and_intervals_stretch_it(softplus: bool) -> None:
 
 def test_the_default_dtype_changes_no_bit() -> None:
     check_defaults(gated, case((2, 9, 6, 3), "", gated=True))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    check_second(gated, case((2, 9, 6, 3), "", gated=True))
 
 
 def test_other_shapes_are_refused() -> None:

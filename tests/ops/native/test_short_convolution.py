@@ -3,7 +3,15 @@
 import pytest
 import torch
 from ops.forms import normal
-from ops.native.kit import check_defaults, check_kernel, check_layouts, check_refusals, check_threads, needed
+from ops.native.kit import (
+    check_defaults,
+    check_kernel,
+    check_layouts,
+    check_refusals,
+    check_second,
+    check_threads,
+    needed,
+)
 from torch import Tensor
 
 from bestiary import UsageError, ops
@@ -60,6 +68,10 @@ def test_each_row_ends_at_its_length_whatever_padding_holds() -> None:
 
 def test_the_default_dtype_changes_no_bit() -> None:
     check_defaults(silu, case((2, 9, 5, 3)))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    check_second(silu, case((2, 9, 5, 3)))
 
 
 def test_other_shapes_are_refused() -> None:

@@ -100,6 +100,17 @@ def check_shapes(op: str, *expected: tuple[str, Tensor | None, tuple[int, ...]])
             raise UsageError(f"{op}: {name} must be of shape {shape}, not {tuple(tensor.shape)}")
 
 
+def only_once(operator: str) -> None:
+    """Registers that an operator, some backward pass, has no derivative itself: asking for one is a clear error."""
+
+    def refuse(*_: Any) -> Any:
+        raise UsageError(
+            f'{operator} is a compiled kernel and has no second derivative: compute within bestiary.ops.use("torch")'
+        )
+
+    torch.library.register_autograd(operator, refuse)
+
+
 def row_ends(op: str, lengths: Tensor | None, batch: int, time: int) -> Tensor | None:
     """Lengths as the kernels read them, none beyond the segment's end; None for none."""
     if lengths is None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestiary.ops.native.library import buffer, check_shapes, kernel, pointer, row_ends, rows
+from bestiary.ops.native.library import buffer, check_shapes, kernel, only_once, pointer, row_ends, rows
 
 
 class _Recurrence(ctypes.Structure):
@@ -96,3 +96,4 @@ def _differentiate(ctx: Any, dh: Tensor, dafter: Tensor) -> tuple[Tensor | None,
 
 
 torch.library.register_autograd("bestiary::linear_recurrence", _differentiate, setup_context=_setup)
+only_once("bestiary::linear_recurrence_backward")

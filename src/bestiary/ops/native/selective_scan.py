@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestiary.ops.native.library import buffer, check_shapes, load, pointer, row_ends, rows
+from bestiary.ops.native.library import buffer, check_shapes, load, only_once, pointer, row_ends, rows
 
 _INTEGERS = ("batch", "time", "channels", "states", "softplus")
 _INPUTS = ("u", "dt", "A", "B", "C", "D", "bias", "z", "gaps")
@@ -160,3 +160,4 @@ def _differentiate(ctx: Any, dy: Tensor, dafter: Tensor, _: Tensor) -> tuple[Ten
 
 
 torch.library.register_autograd("bestiary::selective_scan", _differentiate, setup_context=_setup)
+only_once("bestiary::selective_scan_backward")

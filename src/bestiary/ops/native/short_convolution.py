@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestiary.ops.native.library import buffer, check_shapes, kernel, pointer, row_ends, rows
+from bestiary.ops.native.library import buffer, check_shapes, kernel, only_once, pointer, row_ends, rows
 
 MOST_TAPS = 16
 
@@ -107,3 +107,4 @@ def _differentiate(ctx: Any, dy: Tensor, dafter: Tensor) -> tuple[Tensor | None,
 
 
 torch.library.register_autograd("bestiary::short_convolution", _differentiate, setup_context=_setup)
+only_once("bestiary::short_convolution_backward")
