@@ -150,7 +150,10 @@ def train() -> list[Work]:
 
     def mambapy() -> Run:
         embedding, mamba, head = modules = _mambapy()
-        loss = lambda: F.cross_entropy(head(mamba(embedding(tokens[:, :-1])))[0], tokens[0, 1:])  # noqa: E731
+
+        def loss() -> Tensor:
+            return F.cross_entropy(head(mamba(embedding(tokens[:, :-1])))[0], tokens[0, 1:])
+
         return step(modules.parameters(), loss)
 
     contenders = {"bestiary": ours, "transformers GPTNeoX": neox, "mambapy": mambapy}
