@@ -3,20 +3,12 @@
 import pytest
 import torch
 from ops.forms import KINDS, gates, normal
-from ops.native.kit import (
-    check_defaults,
-    check_kernel,
-    check_layouts,
-    check_refusals,
-    check_second,
-    check_threads,
-    needed,
-)
+from ops.native import kit
 from torch import Tensor
 
 from bestiary import UsageError, ops
 
-pytestmark = needed
+pytestmark = kit.needed
 SHAPES = [(1, 1, 1), (2, 0, 5), (3, 2, 17), (2, 3, 16), (1, 100, 40), (2, 33, 100)]
 
 
@@ -33,7 +25,7 @@ def op(decay, write, state):
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 9, 3, 5)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_definition(kind: str, shape: tuple[int, ...]) -> None:
-    check_kernel(op, case(shape, kind))
+    kit.check_kernel(op, case(shape, kind))
 
 
 def test_padding_takes_no_part_whatever_it_holds() -> None:
@@ -45,7 +37,7 @@ def test_padding_takes_no_part_whatever_it_holds() -> None:
         h, state = ops.linear_recurrence(decay, write, state=state, lengths=lengths)
         return torch.where(real, h, 0), state
 
-    check_kernel(padded, inputs)
+    kit.check_kernel(padded, inputs)
     decay, write, state = (x.float() for x in inputs)
     with ops.use("native"):
         clean = padded(decay, write, state)
@@ -54,22 +46,22 @@ def test_padding_takes_no_part_whatever_it_holds() -> None:
 
 
 def test_the_default_dtype_changes_no_bit() -> None:
-    check_defaults(op, case((2, 9, 5), "weak"))
+    kit.check_defaults(op, case((2, 9, 5), "weak"))
 
 
 def test_a_second_derivative_is_refused() -> None:
-    check_second(op, case((2, 9, 5), "weak"))
+    kit.check_second(op, case((2, 9, 5), "weak"))
 
 
 def test_other_shapes_are_refused() -> None:
     decay, write, before = (x.float() for x in case((2, 9, 5), "weak"))
-    check_refusals(torch.ops.bestiary.linear_recurrence, (decay, write, before, torch.tensor([9, 3])))
+    kit.check_refusals(torch.ops.bestiary.linear_recurrence, (decay, write, before, torch.tensor([9, 3])))
 
 
 def test_threads_and_layouts_change_no_bit() -> None:
     inputs = case((3, 200, 200), "mixed")
-    check_threads(op, inputs)
-    check_layouts(op, inputs)
+    kit.check_threads(op, inputs)
+    kit.check_layouts(op, inputs)
 
 
 def test_a_decay_that_is_the_same_at_all_steps_may_be_a_view() -> None:

@@ -3,19 +3,11 @@
 import pytest
 import torch
 from ops.forms import KINDS, gates, normal
-from ops.native.kit import (
-    check_defaults,
-    check_kernel,
-    check_layouts,
-    check_refusals,
-    check_second,
-    check_threads,
-    needed,
-)
+from ops.native import kit
 
 from bestiary import ops
 
-pytestmark = needed
+pytestmark = kit.needed
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 3), (1, 32, 16, 16), (2, 33, 17, 7), (1, 65, 40, 24), (3, 2, 100, 2), (1, 70, 32, 64)]
 
 
@@ -40,12 +32,12 @@ def gated(u, dt, A, B, C, state, D, z, bias):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_definition(shape: tuple[int, ...], kind: str) -> None:
-    check_kernel(plain, case(shape, kind, gated=False))
+    kit.check_kernel(plain, case(shape, kind, gated=False))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_it_is_the_definition_with_all_that_is_fused(shape: tuple[int, ...]) -> None:
-    check_kernel(gated, case(shape, "", gated=True))
+    kit.check_kernel(gated, case(shape, "", gated=True))
 
 
 def test_a_length_beyond_the_end_is_the_end() -> None:
@@ -76,7 +68,7 @@ def test_padding_takes_no_time_and_intervals_stretch_it(softplus: bool) -> None:
         )
         return torch.where(real, y, 0), state
 
-    check_kernel(op, [*inputs, state])
+    kit.check_kernel(op, [*inputs, state])
     nan = [torch.where(real, x, torch.nan) if x.shape[:2] == (4, 37) else x for x in inputs]
     with ops.use("native"):
         clean, dirty = (op(*(x.float() for x in (*given, state))) for given in (inputs, nan))
@@ -84,24 +76,24 @@ def test_padding_takes_no_time_and_intervals_stretch_it(softplus: bool) -> None:
 
 
 def test_the_default_dtype_changes_no_bit() -> None:
-    check_defaults(gated, case((2, 9, 6, 3), "", gated=True))
+    kit.check_defaults(gated, case((2, 9, 6, 3), "", gated=True))
 
 
 def test_a_second_derivative_is_refused() -> None:
-    check_second(gated, case((2, 9, 6, 3), "", gated=True))
+    kit.check_second(gated, case((2, 9, 6, 3), "", gated=True))
 
 
 def test_other_shapes_are_refused() -> None:
     u, dt, A, B, C, before, D, z, bias = (x.float() for x in case((2, 9, 6, 3), "", gated=True))
     gaps, lengths = torch.rand(2, 9), torch.tensor([9, 3])
     arguments = (u, dt, A, B, C, D, bias, z, gaps, lengths, before, True, False)
-    check_refusals(torch.ops.bestiary.selective_scan, arguments)
+    kit.check_refusals(torch.ops.bestiary.selective_scan, arguments)
 
 
 def test_threads_and_layouts_change_no_bit() -> None:
     inputs = case((3, 100, 200, 16), "", gated=True)
-    check_threads(gated, inputs)
-    check_layouts(gated, inputs)
+    kit.check_threads(gated, inputs)
+    kit.check_layouts(gated, inputs)
 
 
 def test_nan_comes_out_where_it_goes_in() -> None:

@@ -3,20 +3,12 @@
 import pytest
 import torch
 from ops.forms import normal
-from ops.native.kit import (
-    check_defaults,
-    check_kernel,
-    check_layouts,
-    check_refusals,
-    check_second,
-    check_threads,
-    needed,
-)
+from ops.native import kit
 from torch import Tensor
 
 from bestiary import UsageError, ops
 
-pytestmark = needed
+pytestmark = kit.needed
 SHAPES = [
     (1, 1, 1, 1),
     (2, 0, 5, 3),
@@ -47,7 +39,7 @@ def silu(x, weight, bias, state):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("op", [plain, silu])
 def test_it_is_the_definition(op, shape: tuple[int, ...]) -> None:
-    check_kernel(op, case(shape))
+    kit.check_kernel(op, case(shape))
 
 
 def test_each_row_ends_at_its_length_whatever_padding_holds() -> None:
@@ -59,7 +51,7 @@ def test_each_row_ends_at_its_length_whatever_padding_holds() -> None:
         y, state = ops.short_convolution(x, weight, bias, activation="silu", state=state, lengths=lengths)
         return torch.where(real, y, 0), state
 
-    check_kernel(op, [x, weight, bias, state])
+    kit.check_kernel(op, [x, weight, bias, state])
     with ops.use("native"):
         clean = op(x.float(), weight.float(), bias.float(), state.float())
         dirty = op(torch.where(real, x, torch.nan).float(), weight.float(), bias.float(), state.float())
@@ -67,23 +59,23 @@ def test_each_row_ends_at_its_length_whatever_padding_holds() -> None:
 
 
 def test_the_default_dtype_changes_no_bit() -> None:
-    check_defaults(silu, case((2, 9, 5, 3)))
+    kit.check_defaults(silu, case((2, 9, 5, 3)))
 
 
 def test_a_second_derivative_is_refused() -> None:
-    check_second(silu, case((2, 9, 5, 3)))
+    kit.check_second(silu, case((2, 9, 5, 3)))
 
 
 def test_other_shapes_are_refused() -> None:
     x, weight, bias, before = (t.float() for t in case((2, 9, 5, 3)))
     arguments = (x, weight, bias, before, torch.tensor([9, 3]), True)
-    check_refusals(torch.ops.bestiary.short_convolution, arguments, free={(0, 1)})  # a segment may be of any length
+    kit.check_refusals(torch.ops.bestiary.short_convolution, arguments, free={(0, 1)})  # a segment may be of any length
 
 
 def test_threads_and_layouts_change_no_bit() -> None:
     inputs = case((3, 200, 100, 4))
-    check_threads(silu, inputs)
-    check_layouts(silu, inputs)
+    kit.check_threads(silu, inputs)
+    kit.check_layouts(silu, inputs)
 
 
 def test_nan_comes_out_where_it_goes_in() -> None:
