@@ -3,8 +3,8 @@
 // The interface is C and knows pointers and sizes alone, so that it depends on no version of Python or PyTorch. Whoever
 // calls answers for shapes and for buffers that are large enough (src/bestiary/ops/native).
 #include "linear_recurrence.h"
-#include "mamba_layer.h"
 #include "matvec.h"
+#include "program.h"
 #include "selective_scan.h"
 #include "short_convolution.h"
 
@@ -49,10 +49,7 @@ EXPORT void bestiary_multiply(const Matrix* m, i64 rows, const float* x, i64 x_r
   matvec::multiply(*m, rows, x, x_row, y, y_row);
 }
 
-EXPORT void bestiary_mamba_layer(const MambaLayer* l, i64 rows, const float* input, const float* history, const float* h,
-                                 float* output, float* new_history, float* new_h) {
-  mamba_layer::step(*l, rows, input, history, h, output, new_history, new_h);
-}
+EXPORT void bestiary_program(const Program* p, void* const* regions) { program::run(*p, regions); }
 
 // For tests: the functions of vec.h on n numbers, n a multiple of the lanes.
 EXPORT void bestiary_elementwise(i64 n, i64 which, const float* x, float* y) {

@@ -140,7 +140,7 @@ def test_a_state_of_other_rows_is_refused_without_run_time_annotations_too() -> 
         "try: fast.step(torch.zeros(3, dtype=torch.long), fast.initial_state(2))\n"
         "except UsageError as error: print(error)"
     )
-    assert in_process(code) == "a Mamba layer: history must be of shape (3, 3, 64), not (2, 3, 64)"
+    assert in_process(code) == "layer 0: a tensor of its state must be of shape (3, 3, 64), not (2, 3, 64)"
 
 
 def test_without_kernels_packing_says_what_is_missing() -> None:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bestiary.errors import UsageError, unknown
+from bestiary.ops.native import traced
 from bestiary.ops.native.library import buffer, check_shapes, load, pointer
 
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
@@ -80,6 +81,8 @@ class PackedMatrix:
 
     def multiply(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """x W^T + b, x and sums in fp32; for the bf16 format and many rows, x is rounded too."""
+        if traced.active():
+            return traced.product(x, self)
         flat = x.reshape(-1, self.shape[1]).to(torch.float32)
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
         if len(flat) <= FEW_ROWS:

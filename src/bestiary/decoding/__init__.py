@@ -1,0 +1,5 @@
+"""Decoding in one native call a token: a model's own step, traced and lowered to instructions (csrc/program.h)."""
+
+from bestiary.decoding.decoder import Decoder
+
+__all__ = ["Decoder"]
