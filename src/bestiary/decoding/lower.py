@@ -783,7 +783,7 @@ def _attend(
     rows, _, heads, key_dim = q.shape
     groups, value_dim = k.shape[2], v.shape[3]
     for leaf in cached:
-        leaf.counter = counted
+        leaf.counter = None if window else counted
     if cached[0].slots < 0:
         cached[0].slots = low.memory.region()
     places = [low.place(o[:, 0])]
