@@ -135,9 +135,9 @@ int main() {
   int ran = 0;
   for (i64 batch : {1, 3})
     for (i64 time : {0, 1, 2, 5, 64, 65})
-      for (i64 channels : {1, 7, 16, 35}) {
+      for (i64 channels : {1, 7, 16, 35, 64, 150, 260}) {
         for (bool padded : {false, true}) recurrences(batch, time, channels, padded), ran++;
-        for (i64 taps : {1, 2, 3, 4, 16})
+        for (i64 taps : {1, 2, 3, 4, 7, 16})
           for (int kind = 0; kind < 4; kind++) short_convolution_layers(batch, time, channels, taps, kind & 1, kind & 2), ran++;
       }
   for (i64 format = 0; format < 4; format++)

@@ -50,6 +50,19 @@ def check_layouts(op: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
         assert torch.equal(a, b)
 
 
+def check_default_dtype(op: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
+    """Results, gradients included, do not depend on the dtype that torch gives to new tensors."""
+    results = []
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            results.append(run(op, inputs, "native", torch.float32))
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
 def in_process(code: str, **environment: str) -> str:
     """What a Python of its own prints."""
     done = subprocess.run(

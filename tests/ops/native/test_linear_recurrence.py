@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ops.forms import KINDS, gates, normal
-from ops.native.kit import check_kernel, check_layouts, check_threads, needed
+from ops.native.kit import check_default_dtype, check_kernel, check_layouts, check_threads, needed
 from torch import Tensor
 
 from bestiary import UsageError, ops
@@ -49,6 +49,31 @@ def test_threads_and_layouts_change_no_bit() -> None:
     inputs = case((3, 200, 200), "mixed")
     check_threads(op, inputs)
     check_layouts(op, inputs)
+
+
+def test_the_default_dtype_changes_nothing() -> None:
+    check_default_dtype(op, case((2, 9, 20), "weak"))
+
+
+def test_nan_comes_out_where_it_goes_in() -> None:
+    decay, write, state = (x.float() for x in case((2, 40, 20), "weak"))
+    write[1, 30, 3] = torch.nan
+    with ops.use("native"):
+        h, after = op(decay, write, state)
+    assert h[1, 30:, 3].isnan().all() and h.isnan().sum() == 10 and after.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_and_the_result_is_fp32(dtype: torch.dtype) -> None:
+    decay, write, state = (x.float() for x in case((2, 40, 20), "weak"))
+    decay, write = decay.to(dtype), write.to(dtype)
+    with ops.use("native"):
+        found = op(decay, write, state)
+    with ops.use("reference"):
+        exact = op(*(x.double() for x in (decay, write, state)))
+    for a, b in zip(found, exact):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b.float(), rtol=2e-6, atol=2e-6)
 
 
 def test_a_decay_that_is_the_same_at_all_steps_may_be_a_view() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ops.forms import normal
-from ops.native.kit import check_kernel, check_layouts, check_threads, needed
+from ops.native.kit import check_default_dtype, check_kernel, check_layouts, check_threads, needed
 from torch import Tensor
 
 from bestiary import UsageError, ops
@@ -18,6 +18,10 @@ SHAPES = [
     (3, 64, 20, 2),
     (2, 65, 40, 4),
     (1, 130, 7, 16),
+    (9, 7, 64, 2),
+    (1, 33, 130, 3),
+    (2, 70, 260, 4),
+    (1, 97, 150, 7),
 ]
 
 
@@ -59,9 +63,21 @@ def test_each_row_ends_at_its_length_whatever_padding_holds() -> None:
 
 
 def test_threads_and_layouts_change_no_bit() -> None:
-    inputs = case((3, 200, 100, 4))
-    check_threads(silu, inputs)
-    check_layouts(silu, inputs)
+    for shape in ((3, 200, 100, 4), (70, 3, 140, 3)):
+        check_threads(silu, case(shape))
+        check_layouts(silu, case(shape))
+
+
+def test_one_row_or_many_give_the_same_bits() -> None:
+    x, weight, bias, state = (t.float() for t in case((40, 3, 150, 4)))
+    with ops.use("native"):
+        together = silu(x, weight, bias, state)
+        alone = [silu(x[i : i + 1], weight, bias, state[i : i + 1]) for i in range(40)]
+    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(together, zip(*alone)))
+
+
+def test_the_default_dtype_changes_nothing() -> None:
+    check_default_dtype(silu, case((2, 9, 20, 4)))
 
 
 def test_nan_comes_out_where_it_goes_in() -> None:
@@ -70,6 +86,18 @@ def test_nan_comes_out_where_it_goes_in() -> None:
     with ops.use("native"):
         y, after = silu(x, weight, bias, state)
     assert y[1, 38:, 3].isnan().all() and y.isnan().sum() == 2 and after.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_and_the_state_stays_in_fp32(dtype: torch.dtype) -> None:
+    x, weight, bias, state = (t.float() for t in case((2, 40, 20, 4)))
+    with ops.use("native"):
+        y, after = silu(x.to(dtype), weight, bias, state)
+    with ops.use("reference"):
+        expected, exact = silu(*(t.double() for t in (x.to(dtype), weight, bias, state)))
+    assert y.dtype == dtype and after.dtype == torch.float32
+    assert torch.equal(after, exact.float())
+    torch.testing.assert_close(y.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
 
 
 def test_many_taps_are_not_its_work() -> None:

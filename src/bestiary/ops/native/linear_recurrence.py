@@ -57,7 +57,7 @@ def _filled(a: Tensor, b: Tensor, before: Tensor, lengths: Tensor | None) -> tup
 @torch.library.impl("bestiary::linear_recurrence", "CPU")
 def _forward(a, b, before, lengths):
     given, alive = _filled(a, b, before, lengths)
-    h, after = torch.empty(b.shape), torch.empty(before.shape)
+    h, after = b.new_empty(b.shape), b.new_empty(before.shape)
     given.h, given.after = pointer(h), pointer(after)
     kernel("bestiary_recurrence_forward")(ctypes.byref(given))
     del alive
@@ -68,7 +68,7 @@ def _forward(a, b, before, lengths):
 def _backward(dh, dafter, a, b, before, lengths, h):
     given, alive = _filled(a, b, before, lengths)
     given.h, dh, dafter = pointer(h), rows(dh), dafter.contiguous()
-    da, db, dbefore = torch.empty(h.shape), torch.empty(h.shape), torch.empty(before.shape)
+    da, db, dbefore = (h.new_empty(x.shape) for x in (h, h, before))
     outputs = (pointer(x) for x in (da, db, dbefore))
     back = _RecurrenceBack(pointer(dh), pointer(dafter), dh.stride(0), dh.stride(1), *outputs)
     kernel("bestiary_recurrence_backward")(ctypes.byref(given), ctypes.byref(back))

@@ -61,7 +61,7 @@ def _filled(
 @torch.library.impl("bestiary::short_convolution", "CPU")
 def _forward(x, weight, bias, before, lengths, silu):
     given, alive = _filled(x, weight, bias, before, lengths, silu)
-    y, after = torch.empty(x.shape), torch.empty(before.shape)
+    y, after = x.new_empty(x.shape), x.new_empty(before.shape)
     given.y, given.after = pointer(y), pointer(after)
     kernel("bestiary_convolution_forward")(ctypes.byref(given))
     del alive
@@ -72,8 +72,8 @@ def _forward(x, weight, bias, before, lengths, silu):
 def _backward(dy, dafter, x, weight, bias, before, lengths, silu):
     given, alive = _filled(x, weight, bias, before, lengths, silu)
     dy, dafter, (batch, _, channels), taps = rows(dy), dafter.contiguous(), x.shape, weight.shape[1]
-    dx, dbefore = torch.empty(x.shape), torch.empty(before.shape)
-    dweight, dbias = torch.empty(batch, taps, channels), torch.empty(batch, channels)
+    dx, dbefore = x.new_empty(x.shape), x.new_empty(before.shape)
+    dweight, dbias = x.new_empty(batch, taps, channels), x.new_empty(batch, channels)
     outputs = (pointer(t) for t in (dx, dbefore, dweight, dbias))
     back = _ConvolutionBack(pointer(dy), pointer(dafter), dy.stride(0), dy.stride(1), *outputs)
     kernel("bestiary_convolution_backward")(ctypes.byref(given), ctypes.byref(back))
