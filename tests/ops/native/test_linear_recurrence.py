@@ -9,7 +9,7 @@ from torch import Tensor
 from bestiary import UsageError, ops
 
 pytestmark = needed
-SHAPES = [(1, 1, 1), (2, 0, 5), (3, 2, 17), (2, 3, 16), (1, 100, 40), (2, 33, 100)]
+SHAPES = [(1, 1, 1), (2, 0, 5), (3, 2, 17), (2, 3, 16), (1, 100, 40), (2, 33, 100), (2, 9, 128), (3, 20, 300)]
 
 
 def case(shape: tuple[int, ...], kind: str) -> list[Tensor]:
