@@ -36,8 +36,8 @@ namespace wkv {
 
 constexpr int T = 16;            // steps of a chunk
 constexpr int P = 64 / W;        // vectors of a panel
-constexpr float FAR = 6;         // a key may be so much larger than m
-constexpr float SMALL = 2.5e-3f;  // d is not smaller: e^-6
+constexpr float FAR = 12;        // a key may be so much larger than m: its rounding then costs e^k less than 2^-20
+constexpr float SMALL = 6.1e-6f;  // d is not smaller: e^-12
 constexpr float BONUS = 20;      // e^u serves for bonuses up to this size
 
 inline i64 chunks(i64 time) { return (time + T - 1) / T; }

@@ -48,7 +48,8 @@ def wkv(
         w: log-decay of each channel, at most 0 (-exp(time_decay) in RWKV's parameters).
         u: bonus of the current step (time_first).
         state: the past, fp32 or wider; None for none.
-        lengths: real steps of each row of a right-padded batch; only these enter the state, and the output elsewhere means nothing.
+        lengths: real steps of each row of a right-padded batch; only these enter the state, and y elsewhere means
+            nothing.
     """
     if state is None:
         state = empty_wkv(k.shape[0], k.shape[2], dtype=dispatch.wide(k.dtype, v.dtype), device=k.device)
