@@ -41,7 +41,7 @@ EXPORT void bestiary_recurrence_backward(const Recurrence* r, const RecurrenceBa
   linear_recurrence::backward(*r, *g);
 }
 
-EXPORT i64 bestiary_wkv_starts(i64 batch, i64 time, i64 channels) { return batch * wkv::chunks(time) * 3 * channels; }
+EXPORT i64 bestiary_wkv_chunk() { return wkv::T; }
 EXPORT void bestiary_wkv_forward(const Wkv* s) { wkv::forward(*s); }
 EXPORT void bestiary_wkv_backward(const Wkv* s, const WkvBack* g) { wkv::backward(*s, *g); }
 

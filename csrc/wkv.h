@@ -58,7 +58,7 @@ inline vf mean(vf n, vf d) { return d == vf{} ? vf{} : n / d; }
 inline vf whole(vf x) {
   const float magic = 12582912.0f, large = 4194304.0f;  // 1.5 * 2^23 and 2^22
   const vf near = (x + magic) - magic;
-  return (x < all(large)) & (x > all(-large)) ? near : x;
+  return ((x < all(large)) & (x > all(-large))) ? near : x;
 }
 // A bound of log(x) from above for x > 0, at most ln 2 too large; at 0 something below -87.
 inline vf roughly_log(vf x) {

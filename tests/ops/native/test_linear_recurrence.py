@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ops.forms import KINDS, gates, normal
-from ops.native.kit import check_default_dtype, check_kernel, check_layouts, check_threads, needed
+from ops.native.kit import check_compiled, check_default_dtype, check_kernel, check_layouts, check_threads, needed
 from torch import Tensor
 
 from bestiary import UsageError, ops
@@ -95,3 +95,10 @@ def test_torch_knows_it_as_an_operator() -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     operator = torch.ops.bestiary.linear_recurrence.default
     torch.library.opcheck(operator, (decay, write, state, None), test_utils=tests)
+
+
+def test_it_compiles_for_any_length() -> None:
+    def operator(decay, write, state):  # type: ignore[no-untyped-def]
+        return torch.ops.bestiary.linear_recurrence(decay, write, state, None)
+
+    check_compiled(operator, [case((2, time, 20), "weak") for time in (9, 20, 33)])

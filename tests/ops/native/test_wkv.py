@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ops.forms import normal, relative, run
-from ops.native.kit import LIMIT, check_default_dtype, check_kernel, check_layouts, check_threads, needed
+from ops.native.kit import LIMIT, check_compiled, check_default_dtype, check_kernel, check_layouts, check_threads, needed
 from torch import Tensor
 
 from bestiary import ops
@@ -160,3 +160,11 @@ def test_torch_knows_it_as_an_operator() -> None:
     k, v, w, u, *past = (x.float().requires_grad_() for x in case((2, 19, 5), 3.0, 1.0))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.bestiary.wkv.default, (k, v, w, u, *past, None, True), test_utils=tests)
+
+
+def test_it_compiles_for_any_length() -> None:
+    def operator(k, v, w, u, num, den, top):  # type: ignore[no-untyped-def]
+        y, num, den, _, _ = torch.ops.bestiary.wkv(k, v, w, u, num, den, top, None, True)
+        return y, num / den
+
+    check_compiled(operator, [case((2, time, 20), 3.0, 1.0) for time in (9, 20, 33)])

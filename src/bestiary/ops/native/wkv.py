@@ -62,11 +62,11 @@ def _filled(k: Tensor, v: Tensor, w: Tensor, u: Tensor, lengths: Tensor | None) 
     return given, [k, v, w, u, lengths]
 
 
-def _starts(k: Tensor, save: bool) -> int:
-    """Numbers in the states before each chunk."""
-    count = kernel("bestiary_wkv_starts")
-    count.restype, count.argtypes = ctypes.c_int64, [ctypes.c_int64] * 3
-    return count(*k.shape) if save else 0
+def _starts(k: Tensor, save: bool) -> Tensor:
+    """Room for the states before each chunk, none where they are not to be saved."""
+    batch, time, channels = k.shape
+    steps = kernel("bestiary_wkv_chunk")()
+    return k.new_empty((batch, (time + steps - 1) // steps, 3, channels) if save else (0,))
 
 
 @torch.library.impl("bestiary::wkv", "CPU")
@@ -74,7 +74,7 @@ def _forward(k, v, w, u, num, den, max, lengths, save):
     given, alive = _filled(k, v, w, u, lengths)
     before = [x.contiguous() for x in (num, den, max)]
     given.num, given.den, given.max = (pointer(x) for x in before)
-    y, starts = k.new_empty(k.shape), k.new_empty(_starts(k, save))
+    y, starts = k.new_empty(k.shape), _starts(k, save)
     after = [k.new_empty(num.shape) for _ in range(3)]
     given.y, (given.new_num, given.new_den, given.new_max) = pointer(y), (pointer(x) for x in after)
     given.starts = pointer(starts) if save else None
@@ -100,7 +100,7 @@ def _backward(dy, dnew_num, dnew_den, dnew_max, k, v, w, u, lengths, starts):
 @torch.library.register_fake("bestiary::wkv")
 def _(k, v, w, u, num, den, max, lengths, save):
     after = [num.new_empty(num.shape) for _ in range(3)]
-    return k.new_empty(k.shape), *after, k.new_empty(_starts(k, save))
+    return k.new_empty(k.shape), *after, _starts(k, save)
 
 
 @torch.library.register_fake("bestiary::wkv_backward")
