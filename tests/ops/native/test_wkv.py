@@ -3,7 +3,15 @@
 import pytest
 import torch
 from ops.forms import normal, relative, run
-from ops.native.kit import LIMIT, check_compiled, check_default_dtype, check_kernel, check_layouts, check_threads, needed
+from ops.native.kit import (
+    LIMIT,
+    check_compiled,
+    check_default_dtype,
+    check_kernel,
+    check_layouts,
+    check_threads,
+    needed,
+)
 from torch import Tensor
 
 from bestiary import ops
