@@ -202,14 +202,14 @@ void forward(const Delta& d, const Panel& u, float* buffer) {
   scatter<P>(S, d, u, d.after + head * d.keys * d.values);
 }
 
-// Two vectors, each of blocks of B lanes, become one: in each block the sums of the halves of the first's, then the second's.
+// Two vectors of blocks of B lanes become one, whose blocks hold the sums of halves of the first's, then of the second's.
 template <int B>
-constexpr int lower(int lane) { return lane % B < B / 2 ? lane : W + lane - B / 2; }
+constexpr int stays(int lane) { return lane % B < B / 2 ? lane : W + lane; }
 template <int B>
-constexpr int upper(int lane) { return lane % B < B / 2 ? lane + B / 2 : W + lane; }
+constexpr int comes(int lane) { return lane % B < B / 2 ? lane + B / 2 : W + lane - B / 2; }
 template <int B, int... L>
 inline vf fold(vf x, vf y, std::integer_sequence<int, L...>) {
-  return __builtin_shufflevector(x, y, lower<B>(L)...) + __builtin_shufflevector(x, y, upper<B>(L)...);
+  return __builtin_shufflevector(x, y, stays<B>(L)...) + __builtin_shufflevector(x, y, comes<B>(L)...);
 }
 // The sum of each of W vectors, one a lane; overwrites them.
 template <int B = W>
@@ -288,13 +288,13 @@ inline void back(const Delta& d, const Chunk& c, i64 t, float* G, const float* S
           coming_z[p] += here * b_next;
         } else {
           here += dz[p] * ki;
-          if constexpr (R == CHANNEL) by_S += here * s;
-          if constexpr (R == HEAD) decayed += here * s;
+          if constexpr (R != PLAIN) by_S += here * s;
           if constexpr (R != PLAIN) here = here * ei;
         }
         store(G + (i * P + p) * W, here);
         coming_y[p] += here * k_next;
       }
+      decayed += by_S;
       of_y[j] = by_y, of_z[j] = by_z, of_dz[j] = by_dz, of_out[j] = by_out, of_S[j] = by_S;
     }
     for (int j = lanes; j < W; j++) of_y[j] = of_z[j] = of_dz[j] = of_out[j] = of_S[j] = vf{};

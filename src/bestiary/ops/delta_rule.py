@@ -139,7 +139,8 @@ def dplr(
     """
     state = _memory(r, v, state)
     if dispatch.compiled("dplr", state):
-        o, state = native.dplr(*(x.to(state.dtype) for x in (r, w, k, v, a, b)), state)
+        r, w, k, v_wide, a, b = (x.to(state.dtype) for x in (r, w, k, v, a, b))
+        o, state = native.dplr(r, w, k, v_wide, a, b, state)
         return o.to(v.dtype), state
     with dispatch.full_precision(v):
         wide = (x.to(state.dtype) for x in (r, w, k, v, a, b))

@@ -1,4 +1,4 @@
-"""The delta rule and its general form by the compiled kernel (csrc/delta_rule.h), with gradients, as a torch operator."""
+"""The delta rule and its general form by the compiled kernel (csrc/delta_rule.h), with gradients: a torch operator."""
 
 import ctypes
 from collections.abc import Iterator
