@@ -316,7 +316,7 @@ inline void back(const Delta& d, const Chunk& c, i64 t, float* G, const float* S
   for (int p = 0; p < P; p++) coming.y[p] = coming_y[p], coming.z[p] = coming_z[p];
 }
 
-// S before each step of a chunk; y, z and v - z of each step.
+// Floats for S before each step of a chunk and after the last, and for y and z of each step.
 inline i64 kept(i64 n, i64 keys, i64 vectors) { return (n + 1) * keys * vectors * W + 2 * n * vectors * W; }
 
 template <int P, Kind R>
