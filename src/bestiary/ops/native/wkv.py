@@ -64,7 +64,7 @@ def _filled(k: Tensor, v: Tensor, w: Tensor, u: Tensor, lengths: Tensor | None) 
     return given, [k, v, w, u, lengths]
 
 
-def _starts(k: Tensor, save: bool) -> tuple[int, ...]:
+def _starts(k: Tensor, save: bool) -> tuple[Any, ...]:
     """Shape of the states before each chunk; of none where they are not to be saved."""
     batch, time, channels = k.shape
     steps = kernel("bestiary_wkv_chunk")()
