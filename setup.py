@@ -31,7 +31,7 @@ def kernels() -> list[Extension]:
         Extension(
             f"bestiary.ops.native.kernels_{name}",
             ["csrc/kernels.cpp"],
-            depends=["csrc/parallel.h", "csrc/selective_scan.h", "csrc/vec.h"],
+            depends=["csrc/linear_attention.h", "csrc/parallel.h", "csrc/selective_scan.h", "csrc/vec.h"],
             extra_compile_args=[*COMMON, *openmp, *flags],
             extra_link_args=[*openmp, *static],
             language="c++",
