@@ -37,14 +37,13 @@ struct LinearAttentionBack {
 
 namespace linear {
 
-constexpr int T = 32;  // steps of a chunk
+constexpr int T = 64;  // steps of a chunk
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int WIDE = 4;  // vectors of a tile; its other side has ROWS keys: what 32 registers hold
+constexpr int WIDE = 4;  // vectors of a tile: with ROWS keys, what 32 registers hold
 #else
 constexpr int WIDE = 2;  // 16 registers
 #endif
-constexpr int ROWS = 4;
-constexpr int BACK = WIDE == 4 ? 4 : 2;  // the same going back
+constexpr int ROWS = 4;  // keys of a tile
 constexpr i64 PARTS = 8;  // of the gradients that heads share, about: fixed, so that sums do not depend on threads
 
 enum Decay { NONE, HEAD, CHANNEL };
@@ -69,13 +68,18 @@ inline void columns(i64 width, Block block) {
 
 // n rows of `count` numbers, side by side, with zeros up to `size`.
 inline void pack(const float* from, i64 stride, int n, i64 count, i64 size, float* to) {
+  const i64 whole = count / W * W;
   for (int t = 0; t < n; t++, from += stride, to += size) {
-    std::memcpy(to, from, 4 * count);
-    for (i64 i = count; i < size; i++) to[i] = 0;
+    for (i64 i = 0; i < whole; i += W) store(to + i, load(from + i));
+    for (i64 i = whole; i < size; i++) to[i] = i < count ? from[i] : 0.0f;
   }
 }
 inline void unpack(const float* from, i64 size, i64 n, i64 count, float* to, i64 stride) {
-  for (i64 t = 0; t < n; t++) std::memcpy(to + t * stride, from + t * size, 4 * count);
+  const i64 whole = count / W * W;
+  for (i64 t = 0; t < n; t++, from += size, to += stride) {
+    for (i64 i = 0; i < whole; i += W) store(to + i, load(from + i));
+    for (i64 i = whole; i < count; i++) to[i] = from[i];
+  }
 }
 
 // exp(g), for a step whose neighbours have much the same g: near 1, what a rounded decay lacks would grow with the length
@@ -121,11 +125,15 @@ struct Chunk {
   }
 };
 
-// The sum of q u k, the weight of the current value, at step t.
-inline float weight(const float* q, const float* u, const float* k, i64 keys) {
-  float sum = 0;
-  for (i64 i = 0; i < keys; i++) sum += q[i] * u[i] * k[i];
-  return sum;
+// The sum of a b, or a b c.
+inline float dot(i64 n, const float* a, const float* b, const float* c = nullptr) {
+  vf total = {};
+  for (i64 i = 0; i < n; i += W) {
+    const int lanes = static_cast<int>(n - i < W ? n - i : W);
+    const vf product = load(a + i, lanes) * load(b + i, lanes);
+    total += c ? product * load(c + i, lanes) : product;
+  }
+  return sum(total);
 }
 
 // A tile of R keys and C vectors through a chunk: the memory S changes, o gathers what is read.
@@ -135,10 +143,12 @@ inline void run(const Chunk& x, i64 i, i64 j, float* S, float* o) {
   vf s[R][C];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) s[r][c] = load(S + r * x.width + c * W);
-  for (int t = 0; t < x.n; t++) {
-    const float *q = x.q + t * x.rows + i, *k = x.k + t * x.rows + i, *d = x.d + (DECAY == HEAD ? t : t * x.rows + i);
+  const i64 rows = x.rows, width = x.width;
+  const float *q = x.q + i, *k = x.k + i, *d = DECAY == HEAD ? x.d : x.d + i, *value = x.v + j;
+  o += j;
+  for (int t = x.n; t; t--, q += rows, k += rows, d += DECAY == HEAD ? 1 : rows, value += width, o += width) {
     vf v[C], y[C];
-    for (int c = 0; c < C; c++) v[c] = load(x.v + t * x.width + j + c * W), y[c] = load(o + t * x.width + j + c * W);
+    for (int c = 0; c < C; c++) v[c] = load(value + c * W), y[c] = load(o + c * W);
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
@@ -147,10 +157,10 @@ inline void run(const Chunk& x, i64 i, i64 j, float* S, float* o) {
         s[r][c] = DECAY == NONE ? s[r][c] + v[c] * k[r] : s[r][c] * d[DECAY == HEAD ? 0 : r] + v[c] * k[r];
         if (!BONUS) y[c] += s[r][c] * q[r];
       }
-    for (int c = 0; c < C; c++) store(o + t * x.width + j + c * W, y[c]);
+    for (int c = 0; c < C; c++) store(o + c * W, y[c]);
   }
   for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) store(S + r * x.width + c * W, s[r][c]);
+    for (int c = 0; c < C; c++) store(S + r * width + c * W, s[r][c]);
 }
 
 // One function of the kinds of decay and bonus, as types, from those of a call.
@@ -205,7 +215,8 @@ inline void step(const Chunk& x, i64 keys, i64 columns, const float* from, float
 void forward(const LinearAttention& s) {
   const i64 R = rows(s), V = width(s), nc = chunks(s.time), columns = s.values + s.ones, size = s.keys * columns;
   const bool single = s.time == 1 && !s.starts;
-  parallel(s.batch * s.heads, s.batch * s.time * s.heads * size, Chunk::floats(s) + T * V + R * V, [&](float* buffer, i64 item) {
+  const i64 work = s.batch * s.time * s.heads * size, floats = Chunk::floats(s) + T * V + R * V;
+  parallel(s.batch * s.heads, work, floats, [&](float* buffer, i64 item) {
     const i64 b = item / s.heads, h = item % s.heads;
     Chunk x(s, buffer);
     float *o = buffer + Chunk::floats(s), *S = o + T * V;
@@ -219,7 +230,7 @@ void forward(const LinearAttention& s) {
       if (s.starts) std::memcpy(s.starts + (item * nc + c) * R * V, S, 4 * R * V);
       x.read(s, b, h, c * T);
       for (int t = 0; t < x.n; t++) {
-        const float share = s.bonus ? weight(x.q + t * R, s.bonus + h * s.keys, x.k + t * R, s.keys) : 0.0f;
+        const float share = s.bonus ? dot(s.keys, x.q + t * R, x.k + t * R, s.bonus + h * s.keys) : 0.0f;
         for (i64 j = 0; j < V; j++) o[t * V + j] = s.bonus ? share * x.v[t * V + j] : 0.0f;
       }
       kinds(s, [&]<int DECAY, bool BONUS>() {
@@ -263,92 +274,95 @@ inline vf sums(const float* p) {
 struct Back {
   float *dy, *dv;        // (T, width): gradients of what is read, and of v
   float *dq, *dk, *dg;   // (T, rows)
-  float *faded;          // (T, BACK, C, W): d_t S_{t-1} of a tile
-  float *q, *k, *g, *d;  // (T, BACK, W): sums over values to be, one vector for each key and step; d: (T, W), over keys too
+  float *faded;          // (T, ROWS, C, W): d_t S_{t-1} of a tile
+  float *q, *k, *g, *d;  // (T, ROWS, W): sums over values to be, one vector for each key and step; d: (T, W), over keys too
   static i64 floats(const LinearAttention& s) {
-    return T * (2 * linear::width(s) + 3 * linear::rows(s) + BACK * W * (WIDE + 3) + W);
+    return T * (2 * linear::width(s) + 3 * linear::rows(s) + ROWS * W * (WIDE + 3) + W);
   }
   Back(const LinearAttention& s, float* buffer) {
     const i64 R = linear::rows(s), V = linear::width(s);
     dy = buffer, dv = dy + T * V, dq = dv + T * V, dk = dq + T * R, dg = dk + T * R, faded = dg + T * R;
-    q = faded + T * BACK * WIDE * W, k = q + T * BACK * W, g = k + T * BACK * W, d = g + T * BACK * W;
+    q = faded + T * ROWS * WIDE * W, k = q + T * ROWS * W, g = k + T * ROWS * W, d = g + T * ROWS * W;
   }
 };
 
 // A tile through the chunk once more: keeps what has faded, and sums S dy for the gradient of q.
 template <int C, int DECAY, bool BONUS>
 inline void again(const Chunk& x, const Back& r, i64 i, i64 j, const float* S) {
-  constexpr int R = BACK;
+  constexpr int R = ROWS;
   vf s[R][C];
   for (int a = 0; a < R; a++)
     for (int c = 0; c < C; c++) s[a][c] = load(S + a * x.width + c * W);
-  for (int t = 0; t < x.n; t++) {
-    const float *k = x.k + t * x.rows + i, *d = x.d + (DECAY == HEAD ? t : t * x.rows + i);
+  const i64 rows = x.rows, width = x.width;
+  const float *k = x.k + i, *d = DECAY == HEAD ? x.d : x.d + i, *value = x.v + j, *dy = r.dy + j;
+  float *faded = r.faded, *sums = r.q;
+  for (int t = x.n; t; t--, k += rows, d += DECAY == HEAD ? 1 : rows, value += width, dy += width) {
     vf v[C], y[C];
-    for (int c = 0; c < C; c++) v[c] = load(x.v + t * x.width + j + c * W), y[c] = load(r.dy + t * x.width + j + c * W);
+    for (int c = 0; c < C; c++) v[c] = load(value + c * W), y[c] = load(dy + c * W);
 #pragma GCC unroll 8
-    for (int a = 0; a < R; a++) {
-      vf read = j ? load(r.q + (t * R + a) * W) : vf{};
+    for (int a = 0; a < R; a++, sums += W) {
+      vf read = j ? load(sums) : vf{};
 #pragma GCC unroll 8
       for (int c = 0; c < C; c++) {
         if (BONUS) read += s[a][c] * y[c];
         if (DECAY != NONE) {
           s[a][c] = s[a][c] * d[DECAY == HEAD ? 0 : a];
-          store(r.faded + ((t * R + a) * C + c) * W, s[a][c]);
+          store(faded + (a * C + c) * W, s[a][c]);
         }
         s[a][c] += v[c] * k[a];
         if (!BONUS) read += s[a][c] * y[c];
       }
-      store(r.q + (t * R + a) * W, read);
+      store(sums, read);
     }
+    faded += R * C * W;
   }
 }
 
 // And back: G is the gradient of the memory, first that after the chunk, then that before it.
 template <int C, int DECAY, bool BONUS>
 inline void back(const Chunk& x, const Back& r, i64 i, i64 j, float* G) {
-  constexpr int R = BACK;
+  constexpr int R = ROWS;
   vf g[R][C];
   for (int a = 0; a < R; a++)
     for (int c = 0; c < C; c++) g[a][c] = load(G + a * x.width + c * W);
-  for (int t = x.n - 1; t >= 0; t--) {
-    const float *q = x.q + t * x.rows + i, *k = x.k + t * x.rows + i, *d = x.d + (DECAY == HEAD ? t : t * x.rows + i);
+  const i64 rows = x.rows, width = x.width;
+  for (i64 t = x.n - 1; t >= 0; t--) {
+    const float *q = x.q + t * rows + i, *k = x.k + t * rows + i, *d = x.d + (DECAY == HEAD ? t : t * rows + i);
+    const float *value = x.v + t * width + j, *dy = r.dy + t * width + j, *faded = r.faded + t * R * C * W;
+    float *to_v = r.dv + t * width + j, *to_k = r.k + t * R * W, *to_g = r.g + t * R * W;
     vf v[C], y[C], dv[C], total = {};
-    for (int c = 0; c < C; c++) {
-      v[c] = load(x.v + t * x.width + j + c * W), y[c] = load(r.dy + t * x.width + j + c * W);
-      dv[c] = load(r.dv + t * x.width + j + c * W);
-    }
+    for (int c = 0; c < C; c++) v[c] = load(value + c * W), y[c] = load(dy + c * W), dv[c] = load(to_v + c * W);
 #pragma GCC unroll 8
     for (int a = 0; a < R; a++) {
-      vf written = j ? load(r.k + (t * R + a) * W) : vf{}, kept = j && DECAY == CHANNEL ? load(r.g + (t * R + a) * W) : vf{};
+      vf written = j ? load(to_k + a * W) : vf{}, kept = j && DECAY == CHANNEL ? load(to_g + a * W) : vf{};
 #pragma GCC unroll 8
       for (int c = 0; c < C; c++) {
         if (!BONUS) g[a][c] += y[c] * q[a];
         dv[c] += g[a][c] * k[a];
         written += g[a][c] * v[c];
         if (DECAY != NONE) {
-          kept += g[a][c] * load(r.faded + ((t * R + a) * C + c) * W);
+          kept += g[a][c] * load(faded + (a * C + c) * W);
           g[a][c] = g[a][c] * d[DECAY == HEAD ? 0 : a];
         }
         if (BONUS) g[a][c] += y[c] * q[a];
       }
-      store(r.k + (t * R + a) * W, written);
-      if (DECAY == CHANNEL) store(r.g + (t * R + a) * W, kept);
+      store(to_k + a * W, written);
+      if (DECAY == CHANNEL) store(to_g + a * W, kept);
       if (DECAY == HEAD) total += kept;
     }
-    for (int c = 0; c < C; c++) store(r.dv + t * x.width + j + c * W, dv[c]);
+    for (int c = 0; c < C; c++) store(to_v + c * W, dv[c]);
     if (DECAY == HEAD) store(r.d + t * W, load(r.d + t * W) + total);
   }
   for (int a = 0; a < R; a++)
     for (int c = 0; c < C; c++) store(G + a * x.width + c * W, g[a][c]);
 }
 
-// (n, BACK, W) summed over lanes into columns i ... i + BACK of (n, size).
+// (n, ROWS, W) summed over lanes into columns i ... i + ROWS of (n, size).
 inline void gather(const float* from, int n, i64 i, float* to, i64 size) {
-  float found[T * BACK];
-  static_assert(T * BACK % W == 0 && ROWS % BACK == 0);
-  for (int a = 0; a < n * BACK; a += W) store(found + a, sums(from + a * W));
-  for (int t = 0; t < n; t++) std::memcpy(to + t * size + i, found + t * BACK, 4 * BACK);
+  float found[T * ROWS];
+  static_assert(T * ROWS % W == 0);
+  for (int a = 0; a < n * ROWS; a += W) store(found + a, sums(from + a * W));
+  for (int t = 0; t < n; t++) std::memcpy(to + t * size + i, found + t * ROWS, 4 * ROWS);
 }
 
 // Gradients of the outputs of a chunk, through the norms.
@@ -358,9 +372,8 @@ inline void read_back(const LinearAttention& s, const LinearAttentionBack& r, i6
   if (!s.ones) return;
   for (int t = 0; t < n; t++, dy += V) {
     const i64 at = (b * s.time + t0 + t) * s.heads + h;
-    float sum = 0;
-    for (i64 j = 0; j < s.values; j++) dy[j] /= s.norms[at], sum += dy[j] * r.o[at * s.values + j];
-    dy[s.values] = -sum;
+    for (i64 j = 0; j < s.values; j++) dy[j] /= s.norms[at];
+    dy[s.values] = -dot(s.values, dy, r.o + at * s.values);
   }
 }
 
@@ -385,12 +398,12 @@ inline void back_head(const LinearAttention& s, const LinearAttentionBack& r, i6
     x.read(s, b, h, t0);
     read_back(s, r, b, h, t0, x.n, w.dy);
     for (int t = 0; t < x.n; t++) {
-      const float share = u ? weight(x.q + t * R, u, x.k + t * R, s.keys) : 0.0f;
+      const float share = u ? dot(s.keys, x.q + t * R, x.k + t * R, u) : 0.0f;
       for (i64 j = 0; j < V; j++) w.dv[t * V + j] = u ? share * w.dy[t * V + j] : 0.0f;
     }
     std::memset(w.d, 0, 4 * T * W);
     kinds(s, [&]<int DECAY, bool BONUS>() {
-      for (i64 i = 0; i < R; i += BACK) {
+      for (i64 i = 0; i < R; i += ROWS) {
         linear::columns(V, [&]<int C>(i64 j) {
           again<C, DECAY, BONUS>(x, w, i, j, S + i * V + j);
           back<C, DECAY, BONUS>(x, w, i, j, G + i * V + j);
@@ -403,9 +416,7 @@ inline void back_head(const LinearAttention& s, const LinearAttentionBack& r, i6
     for (int t = 0; t < x.n; t++) {
       float *to_q = w.dq + t * R, *to_k = w.dk + t * R, *q = x.q + t * R, *k = x.k + t * R;
       if (u) {
-        vf product = {};
-        for (i64 j = 0; j < V; j += W) product += load(w.dy + t * V + j) * load(x.v + t * V + j);
-        const float share = sum(product);
+        const float share = dot(V, w.dy + t * V, x.v + t * V);
         for (i64 i = 0; i < s.keys; i++) {
           to_q[i] += share * u[i] * k[i];
           to_k[i] += share * u[i] * q[i];
