@@ -8,6 +8,7 @@
 #include <initializer_list>
 
 #include "matvec.h"
+#include "wkv.h"
 
 extern "C" {
 // `at` numbers into region number `region`, or an address where that is below 0. Strides in numbers.
@@ -383,23 +384,18 @@ inline void delta(const Run& run, const Instruction& i) {
   }
 }
 
-// shape: rows, channels. Operands: y, new num, den, max; k, v, w, u, num, den, max. References are whole numbers.
-inline void wkv(const Run& run, const Instruction& i) {
+// shape: rows, channels. Operands: y, new num, den, max; k, v, w, u, num, den, max; all but k and v in one piece.
+inline void sums(const Run& run, const Instruction& i) {
   View p[11];
   for (int n = 0; n < 11; n++) p[n] = run.view(i, n);
-  channels(run, i.shape[0], i.shape[1], [&](i64 r, i64 c, int lanes) {
-    auto up = [](vf x) { return each(x, [](float v) { return std::ceil(v); }); };
-    vf k = load(p[4].at(r, c), lanes), v = load(p[5].at(r, c), lanes), w = load(p[6].at(c), lanes), u = load(p[7].at(c), lanes);
-    vf num = load(p[8].at(r, c), lanes), den = load(p[9].at(r, c), lanes), reference = load(p[10].at(r, c), lanes);
-    vf highest = up(larger(reference, u + k)), past = exp(reference - highest), now = exp(k - highest + u);
-    store(p[0].at(r, c), (past * num + now * v) / (past * den + now), lanes);
-    vf size = __builtin_convertvector((bits(den) >> 23) - 127, vf) * 0.693147f;  // log(den), well enough for a reference
-    highest = up(larger(reference + w + size, k));
-    past = exp(reference - highest + w), now = exp(k - highest);
-    store(p[1].at(r, c), past * num + now * v, lanes);
-    store(p[2].at(r, c), past * den + now, lanes);
-    store(p[3].at(r, c), highest, lanes);
-  });
+  Wkv s = {};
+  s.batch = i.shape[0], s.time = 1, s.channels = i.shape[1];
+  s.k = p[4].data, s.v = p[5].data, s.w = p[6].data, s.u = p[7].data, s.num = p[8].data, s.den = p[9].data, s.max = p[10].data;
+  s.k_batch = p[4].stride[0], s.v_batch = p[5].stride[0];
+  s.y = p[0].data, s.new_num = p[1].data, s.new_den = p[2].data, s.new_max = p[3].data;
+  const i64 panels = (s.channels + ::wkv::P * W - 1) / (::wkv::P * W), items = s.batch * panels;
+  for (i64 item = run.from(items); item < run.to(items); item++)
+    ::wkv::forward(s, ::wkv::Panel<false>(s, item / panels, item % panels));
 }
 
 // Softmax attention of one step; the step's own key and value are written into the cache.
@@ -516,7 +512,7 @@ inline void instruction(const Run& run, const Instruction& i) {
     case SCAN: return scan(run, i);
     case LINEAR: return linear(run, i);
     case DELTA: return delta(run, i);
-    case WKV: return wkv(run, i);
+    case WKV: return sums(run, i);
     case ATTEND: return attend(run, i);
     case ADVANCE: return advance(run, i);
     case ROTATE: return rotate(run, i);

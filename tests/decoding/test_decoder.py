@@ -117,10 +117,7 @@ def test_rows_of_different_lengths_keep_their_own_positions() -> None:
         found, after = fast.step(token, state.stack(alone))
         assert close(found, expected)
         second = torch.cat(
-            [
-                model.step(token[i : i + 1], model.step(token[i : i + 1], s)[1])[0]
-                for i, s in enumerate(alone)
-            ]
+            [model.step(token[i : i + 1], model.step(token[i : i + 1], s)[1])[0] for i, s in enumerate(alone)]
         )
         assert close(fast.step(token, after)[0], second)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bestiary import state as states
-from bestiary.decoding.lower import OtherNumbers, Unsupported
+from bestiary.decoding.lowering import OtherNumbers, Unsupported
 from bestiary.decoding.piece import Layer, Piece
 from bestiary.errors import UsageError
 from bestiary.mixers import Context

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from bestiary import state as states
-from bestiary.decoding.lower import Leaf, Lowering, Memory, Record, Unsupported, storage
+from bestiary.decoding.lowering import Leaf, Lowering, Memory, Record, Unsupported, storage
 from bestiary.decoding.program import UNARY, WORKSPACE, Instruction, Op, Place, Program
 from bestiary.mixers import Context
 from bestiary.ops.native import traced
@@ -74,7 +74,8 @@ class Piece:
         inputs = [x.clone(), embedded.clone(), *(t.clone() for t in told), *old]
 
         def flat(*given: Tensor) -> list[Tensor]:
-            y, values, leaves = layer.call(given[0], given[1], *(given[2 : 2 + len(told)] or (None,)), given[-len(old) :] if old else ())
+            own = given[len(given) - len(old) :]
+            y, values, leaves = layer.call(given[0], given[1], given[2] if told else None, own)
             return [y, *([] if values is None else [values]), *leaves]
 
         with traced.tracing():
@@ -116,7 +117,7 @@ class Piece:
         self.hears, self.said = self.hears or (bool(told) and self.said is None), said or self.said
         self.samples = self.samples or (x, embedded, before)
         self.sizes, self.result = (y.numel(), tuple(y.shape)), (y, to)
-        layer.leaves, layer.expected = leaves, y
+        layer.leaves = leaves
         self.instructions += low.instructions
         self.layers.append(layer)
 
@@ -169,8 +170,9 @@ class Piece:
                 continue
             tensors = states.tensors(state)
             made = list[Tensor]()
+            places = dict(zip(map(id, layer.leaves), tensors))
             for leaf, tensor in zip(layer.leaves, tensors, strict=True):
-                old, new, result = leaf.ready(tensor, layer.index, write, lambda leaf, t=tensors, n=layer.leaves: t[n.index(leaf)])
+                old, new, result = leaf.ready(tensor, layer.index, write, places)
                 regions[leaf.old], regions[leaf.new] = old.data_ptr(), new.data_ptr()
                 if leaf.slots >= 0:
                     regions[leaf.slots] = new.shape[1]

@@ -39,12 +39,12 @@ class Op(enum.IntEnum):
     ROTATE = enum.auto()
 
 
-UNARY = (
-    "copy neg exp sigmoid silu tanh relu softplus log_sigmoid gelu gelu_tanh elu sqrt rsqrt reciprocal abs log expm1 sin "
-    "cos affine square clamp"
-).split()
-BINARY = "add sub mul div maximum minimum".split()
-REDUCTIONS = "sum mean amax length".split()
+UNARY = [
+    *("copy", "neg", "exp", "sigmoid", "silu", "tanh", "relu", "softplus", "log_sigmoid", "gelu", "gelu_tanh", "elu"),
+    *("sqrt", "rsqrt", "reciprocal", "abs", "log", "expm1", "sin", "cos", "affine", "square", "clamp"),
+]
+BINARY = ["add", "sub", "mul", "div", "maximum", "minimum"]
+REDUCTIONS = ["sum", "mean", "amax", "length"]
 
 
 @dataclass(frozen=True)
@@ -201,4 +201,15 @@ def strides_of(tensor: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(tensor.expand(shape).stride())
 
 
-__all__ = ["BINARY", "NOWHERE", "REDUCTIONS", "UNARY", "Instruction", "Op", "Place", "Program", "collapsed", "strides_of"]
+__all__ = [
+    "BINARY",
+    "NOWHERE",
+    "REDUCTIONS",
+    "UNARY",
+    "Instruction",
+    "Op",
+    "Place",
+    "Program",
+    "collapsed",
+    "strides_of",
+]

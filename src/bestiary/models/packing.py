@@ -16,7 +16,7 @@ from bestiary.decoding import Decoder
 from bestiary.errors import UsageError
 from bestiary.mixers.base import Mixer
 from bestiary.models.loss import Head, logit_nats
-from bestiary.ops.native.matvec import FEW_ROWS, PackedMatrix
+from bestiary.ops.native.matvec import PackedMatrix
 
 if TYPE_CHECKING:
     from bestiary.models.language_model import LanguageModel

@@ -44,7 +44,7 @@ def test_it_is_the_definition(shape: tuple[int, ...], size: float, decay: float)
 
 
 def check_jointly(inputs: list[Tensor]) -> None:
-    """As kit.check_kernel, but gradients are measured by the largest of all: some are small differences of large parts."""
+    """As check_kernel, but gradients are measured by the largest of all: some are small differences of large parts."""
     inputs = [x.float() for x in inputs]
     exact, found = run(op, inputs, "reference", torch.float64), run(op, inputs, "native", torch.float32)
     assert relative(found[:2], exact[:2]) < kit.LIMIT

@@ -70,7 +70,9 @@ def _filled(parts: tuple[Tensor | None, ...], scale: float) -> tuple[_Delta, lis
     q, k, v, beta, g, a, b = parts
     assert q is not None and v is not None
     keys, values = tuple(q.shape), (*q.shape[:3], v.shape[-1])
-    check_shapes("delta_rule", ("k", k, keys), ("v", v, values), ("beta", beta, keys[:3]), ("a", a, keys), ("b", b, keys))
+    check_shapes(
+        "delta_rule", ("k", k, keys), ("v", v, values), ("beta", beta, keys[:3]), ("a", a, keys), ("b", b, keys)
+    )
     check_shapes("delta_rule", ("log_decay", g, keys if g is not None and g.ndim == 4 else keys[:3]))
     alive = [x if x is None or x.ndim < 4 else rows(x) for x in parts]
     delta = _Delta(*q.shape, v.shape[3], 0 if g is None else g.ndim - 2, scale)
@@ -125,9 +127,7 @@ def _backward(dout, dafter, q, k, v, beta, g, a, b, starts, scale):
     back = _DeltaBack(pointer(dout), pointer(dafter), _Strides(*dout.stride()[:3]), *outputs)
     library.bestiary_delta_backward(ctypes.byref(delta), ctypes.byref(back))
     del alive
-    dq, dk, da, db, dg, dbeta = (
-        buffer(0) if x is None else x.squeeze(0) if panels == 1 else x.sum(0) for x in parts
-    )
+    dq, dk, da, db, dg, dbeta = (buffer(0) if x is None else x.squeeze(0) if panels == 1 else x.sum(0) for x in parts)
     return dq, dk, dv, dbeta, dg, da, db, dbefore
 
 
