@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bestiary.decoding.lowering import Leaf, Lowering, Unsupported, handles, storage
-from bestiary.decoding.program import BINARY, NOWHERE, Op, Place
+from bestiary.decoding.program import BINARY, NOWHERE, SHARED_FROM, Op, Place
 
 
 def _one_step(*tensors: Tensor | None) -> None:
@@ -105,8 +105,8 @@ def _delta(
     numbers = (0 if g is None else g.ndim - 2, int(beta is not None), int(a is not None))
     parts = [None if x is None else x[:, 0] for x in (q, k, _dense(v), beta, g, a, b)]
     low.emit(
-        Op.DELTA, (rows, heads, q.shape[3], values), [o[:, 0], after], [*parts, before], number=numbers, real=(scale, 0.0),
-        shared=after.numel() >= SHARED_FROM,
+        Op.DELTA, (rows, heads, q.shape[3], values), [o[:, 0], after], [*parts, before], number=numbers,
+        real=(scale, 0.0), shared=after.numel() >= SHARED_FROM,
     )  # fmt: skip
 
 

@@ -76,10 +76,9 @@ def _complex_product(low: Lowering, result: Tensor, x: Any, y: Any) -> None:
     first, second = (torch.empty(result.shape, dtype=torch.float32) for _ in range(2))
     for spare in (first, second):
         low.new(spare)
-    for to, pairs, join in zip(pairs(result).unbind(-1), (((a, c), (b, d)), ((a, d), (b, c))), (sub, add)):
-        terms = [
-            [part for part in pair if part is not None] for pair in pairs if pair[0] is not None and pair[1] is not None
-        ]
+    for to, factors, join in zip(pairs(result).unbind(-1), (((a, c), (b, d)), ((a, d), (b, c))), (sub, add)):
+        terms = [[p for p in pair if p is not None] for pair in factors]
+        terms = [pair for pair in terms if len(pair) == 2]
         if len(terms) == 1:
             low.elementwise(mul[0], to, terms[0], **mul[1])
             continue
@@ -264,10 +263,8 @@ def _layer_norm(
         raise Unsupported("a layer norm over several axes")
     y = result[0]
     low.new(y)
-    weight, bias = (
-        torch.ones((), dtype=torch.float32) if weight is None else weight,
-        torch.zeros((), dtype=torch.float32) if bias is None else bias,
-    )
+    weight = torch.ones((), dtype=torch.float32) if weight is None else weight
+    bias = torch.zeros((), dtype=torch.float32) if bias is None else bias
     loops, strides = _loops(tuple(x.shape[:-1]), x.shape[-1], y, x, weight, bias)
     places = [low.place(t, s) for t, s in zip((y, x, weight, bias), strides)]
     low.emit(Op.LAYER_NORM, loops, [y], [x, weight, bias], places=places, real=(eps,))
