@@ -394,8 +394,11 @@ inline void sums(const Run& run, const Instruction& i) {
   s.k_batch = p[4].stride[0], s.v_batch = p[5].stride[0];
   s.y = p[0].data, s.new_num = p[1].data, s.new_den = p[2].data, s.new_max = p[3].data;
   const i64 panels = (s.channels + ::wkv::P * W - 1) / (::wkv::P * W), items = s.batch * panels;
-  for (i64 item = run.from(items); item < run.to(items); item++)
-    ::wkv::forward(s, ::wkv::Panel<false>(s, item / panels, item % panels));
+  for (i64 item = run.from(items); item < run.to(items); item++) {
+    const i64 row = item / panels, panel = item % panels;
+    if ((panel + 1) * ::wkv::P * W <= s.channels) ::wkv::forward(s, ::wkv::Panel<true>(s, row, panel));
+    else ::wkv::forward(s, ::wkv::Panel<false>(s, row, panel));
+  }
 }
 
 // Softmax attention of one step; the step's own key and value are written into the cache.

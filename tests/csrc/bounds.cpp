@@ -228,7 +228,7 @@ i64 whole_groups(i64 n) { return (n + 31) / 32 * 32; }
 
 int instructions() {
   int ran = 0;
-  for (i64 n : {1, 15, 16, 33}) {
+  for (i64 n : {1, 15, 16, 33, 150}) {
     for (i64 which = 0; which < 23; which++, ran++) {
       Single s(program::UNARY, {2, 1, 3, n});
       s.i.number[0] = which, s.operand({2, 1, 3, n}), s.operand({2, 1, 3, n}, 0.1f, 2), s.run(0);
