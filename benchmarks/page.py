@@ -1,4 +1,4 @@
-"""Results as a Markdown page: `python -m benchmarks.page RESULTS.jsonl [AVX2_RESULTS.jsonl] > docs/performance-results.md`."""
+"""Results as a Markdown page: `python -m benchmarks.page RESULTS.jsonl [AVX2.jsonl] > docs/performance-results.md`."""
 
 import sys
 from pathlib import Path

@@ -69,7 +69,7 @@ def rwkv(model: LanguageModel, folder: Path) -> Any:
 
 
 def blink(model: LanguageModel) -> dict[str, Tensor]:
-    """Weights under the names and in the shapes of RWKV's author; a norm of the embeddings that does nothing much."""
+    """Weights under the names and in the shapes of RWKV's author; the embeddings' norm has no weights of its own."""
     found = {
         "blocks.0.ln0.weight": torch.ones(model.config.d_model),
         "blocks.0.ln0.bias": torch.zeros(model.config.d_model),
