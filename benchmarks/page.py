@@ -17,10 +17,10 @@ def page(main: Path, narrow: Path | None = None) -> str:
     ratios = {(r.work, r.contender): r for r in others}
     lines = ["# Speed against peers", "", "Made by `python -m benchmarks`; nothing here is typed by hand.", ""]
     lines += [
-        "How contenders take turns is in benchmarks/harness.py. Ratios are medians of (their time / ours) over rounds",
+        "How contenders take turns is in benchmarks/harness.py. Ratios are medians of (their time / ours) over rounds,",
+        "with least and most; above 1 we are faster. Weights are random: this is about speed alone.",
         "",
     ]
-    lines[-2] += ", with least and most; above 1 we are faster. Weights are random: this is about speed alone."
     lines += [f"- {key}: {value}" for key, value in about.items()]
     if narrow:
         lines += ["- the last column is another run of everything, with AVX-512 forbidden to all that can be told:"]
