@@ -24,7 +24,7 @@ _compiled: set[str] = set()
 _forms: dict[str, dict[str, Callable[..., Any]]] = {}
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced_form", default=None)
 _forced_last: str | None = None
-"""What `use` last set or restored, in whatever thread: torch.compile cannot read a context variable, but guards this."""
+"""What `use` last set or restored, in whatever thread: torch.compile cannot read a context variable, but this."""
 
 
 def form(op: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
