@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-CHUNK_ELEMENTS = 1 << 22  # logits in memory at a time: 16 MiB in fp32
+CHUNK_ELEMENTS = 1 << 24  # logits in memory at a time: 64 MiB in fp32; a product of few rows is a slow one
 
 
 class Head(nn.Linear):
@@ -118,26 +118,35 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_head = torch.zeros_like(head, dtype=weights.dtype) if with_gradient else None
         d_bias = torch.zeros_like(bias, dtype=weights.dtype) if with_gradient and bias is not None else None
         dtype, size = _matmul_dtype(hidden), _rows(head)
+        size = max(1, -(-len(hidden) // max(1, -(-len(hidden) // size))))  # as many chunks as must be, but even ones
+        table = head.to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], size):
                 rows = slice(start, start + size)
                 h, t, w = hidden[rows], targets[rows], weights[rows]
-                logits = (h.to(dtype) @ head.to(dtype).T).to(weights.dtype)
+                logits = (h.to(dtype) @ table.T).to(weights.dtype)
                 logits = logits if bias is None else logits.add_(bias)
                 logits = logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
-                slope = None if cap is None else 1 - (logits / cap).square_()
-                nats, normaliser = _chunk_nats(logits, t)
+                chosen = logits.gather(1, t.clamp(min=0)[:, None])[:, 0]
+                slope = None if cap is None or d_hidden is None else 1 - (logits / cap).square_()
+                highest = logits.amax(1)
+                shares = logits.sub_(highest[:, None]).exp_()  # softmax, but for its divisor
+                divisor = shares.sum(1)
+                nats = torch.where(t >= 0, highest + divisor.log() - chosen, 0)
                 total += (nats * w).sum()
                 if d_hidden is None or d_head is None:
                     continue
-                d_logits = logits.sub_(normaliser[:, None]).exp_()
-                d_logits.scatter_add_(1, t.clamp(min=0)[:, None], -torch.ones_like(w)[:, None])
-                d_logits = d_logits * w[:, None] if slope is None else d_logits.mul_(slope) * w[:, None]
+                d_logits = shares.mul_((w / divisor)[:, None])
+                d_logits.scatter_add_(1, t.clamp(min=0)[:, None], -w[:, None])
+                d_logits = d_logits if slope is None else d_logits.mul_(slope)
                 if d_bias is not None:
                     d_bias += d_logits.sum(0)
                 d_logits = d_logits.to(dtype)
-                d_hidden[rows] = (d_logits @ head.to(dtype)).to(hidden.dtype)
-                d_head += d_logits.T @ h.to(dtype)
+                d_hidden[rows] = (d_logits @ table).to(hidden.dtype)
+                if dtype == d_head.dtype:
+                    torch.addmm(d_head, d_logits.T, h.to(dtype), beta=float(start > 0), out=d_head)
+                else:
+                    d_head += d_logits.T @ h.to(dtype)
         if d_hidden is not None and d_head is not None:
             kept = () if bias is None or d_bias is None else (d_bias.to(bias.dtype),)
             ctx.save_for_backward(d_hidden, d_head.to(head.dtype), *kept)
