@@ -144,7 +144,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_logits = d_logits.to(dtype)
                 d_hidden[rows] = (d_logits @ table).to(hidden.dtype)
                 if dtype == d_head.dtype:
-                    torch.addmm(d_head, d_logits.T, h.to(dtype), beta=float(start > 0), out=d_head)
+                    d_head.addmm_(d_logits.T, h.to(dtype))
                 else:
                     d_head += d_logits.T @ h.to(dtype)
         if d_hidden is not None and d_head is not None:
