@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bestiary import ops
 from bestiary.ops import fft_convolution
-from bestiary.ops.fft_convolution import BLOCK, Filter, circular, convolve, fast_size
+from bestiary.ops.fft_convolution import CHANNELS, Filter, circular, convolve, fast_size
 
 
 def on_a_circle(x: Tensor, kernel: Tensor, size: int, first: int, last: int) -> Tensor:
@@ -18,7 +18,13 @@ def on_a_circle(x: Tensor, kernel: Tensor, size: int, first: int, last: int) -> 
     return torch.einsum("cts,bsc->btc", wide[:, first:last, : x.shape[1]], x)
 
 
-@pytest.mark.parametrize("channels", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 3])
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if transforms were long, so that there are several blocks of channels and of rows."""
+    monkeypatch.setattr(fft_convolution, "NUMBERS", 0)
+
+
+@pytest.mark.parametrize("channels", [1, CHANNELS - 1, CHANNELS, 2 * CHANNELS + 3])
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("circle", [(11, 16, 16, 0, 11), (5, 7, 18, 3, 9), (4, 12, 12, 12 - 5, 12), (6, 1, 6, 2, 6)])
 def test_values_and_gradients_on_a_circle(batch: int, channels: int, circle: tuple[int, ...]) -> None:
@@ -86,7 +92,7 @@ def test_no_transform_as_large_as_the_whole_is_made(monkeypatch: pytest.MonkeyPa
         return made[-1]
 
     monkeypatch.setattr(torch.fft, "rfft", noted)
-    x, kernel = torch.randn(3, 40, 5 * BLOCK).requires_grad_(), torch.randn(5 * BLOCK, 40).requires_grad_()
+    x, kernel = torch.randn(3, 40, 5 * CHANNELS).requires_grad_(), torch.randn(5 * CHANNELS, 40).requires_grad_()
     convolve(x, kernel, 0).sum().backward()
     assert max(transform.numel() for transform in made) <= fft_convolution.ROWS * (fast_size(79) // 2 + 1)
 

@@ -12,10 +12,11 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 32
-"""Channels that are transformed together on a CPU."""
-ROWS = 64
-"""Transforms that are taken together: fewer than 16 would not repay the library's preparations."""
+CHANNELS, ROWS, NUMBERS = 32, 64, 1 << 16
+"""Of a block on a CPU: least channels and transforms, or more of both, up to so many numbers where they are short.
+
+Fewer than 16 transforms at once would not repay the library's preparations for each call.
+"""
 MOST_KEPT = 1 << 26
 """Bytes of the largest transform that a filter keeps."""
 
@@ -116,17 +117,18 @@ def _at_once(x: Tensor, kernel: Tensor, size: int, first: int, last: int, transf
     return torch.fft.irfft(torch.fft.rfft(x.mT, n=size) * transform, n=size)[..., first:last].mT
 
 
-def _blocks(batch: int, channels: int) -> Iterator[tuple[slice, list[slice]]]:
+def _blocks(batch: int, channels: int, size: int) -> Iterator[tuple[slice, list[slice]]]:
     """Blocks of channels, and of rows for each."""
-    rows = max(1, ROWS // min(BLOCK, max(1, channels)))
-    for c in range(0, channels, BLOCK):
-        yield slice(c, c + BLOCK), [slice(b, b + rows) for b in range(0, batch, rows)]
+    width = min(channels, max(CHANNELS, NUMBERS // size))
+    rows = max(1, max(ROWS, NUMBERS // size) // width)
+    for c in range(0, channels, width):
+        yield slice(c, c + width), [slice(b, b + rows) for b in range(0, batch, rows)]
 
 
 def _blockwise(x: Tensor, kernel: Tensor, size: int, first: int, last: int, transform: Tensor | None) -> Tensor:
     """Block after block."""
     y = x.new_empty(x.shape[0], last - first, x.shape[2])
-    for part, blocks in _blocks(x.shape[0], x.shape[2]):
+    for part, blocks in _blocks(x.shape[0], x.shape[2], size):
         weights = torch.fft.rfft(kernel[part], n=size) if transform is None else transform[part]
         for rows in blocks:
             spectrum = torch.fft.rfft(x[rows, :, part].mT, n=size).mul_(weights)
@@ -162,7 +164,7 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else None
     dkernel = torch.empty_like(kernel, memory_format=torch.contiguous_format) if need_kernel else None
-    for part, blocks in _blocks(x.shape[0], x.shape[2]):
+    for part, blocks in _blocks(x.shape[0], x.shape[2], size):
         weights = torch.fft.rfft(kernel[part], n=size).conj() if need_x else None
         total: Tensor | None = None
         for rows in blocks:
