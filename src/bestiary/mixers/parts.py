@@ -270,14 +270,20 @@ class Remembered:
     def __init__(self) -> None:
         self.key: Any = None
         self.value: Any = None
+        self.held: list[Tensor] = []
 
     def get(self, parameters: Iterable[Tensor], compute: Callable[[], T], *also: Any) -> T:
         """`compute()`, or what it gave for the same parameters and the same further arguments."""
-        if torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            return compute()
+        parameters = list(parameters)
+        if torch.is_grad_enabled() or any(p.is_inference() for p in parameters):  # the latter do not count changes
+            self.key, self.value, self.held = None, None, []
             return compute()
         key = (*((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters), also)
         if key != self.key:
-            self.key, self.value = key, compute()
+            # held: no other parameter can stand at their addresses as long as these are compared
+            self.key, self.value, self.held = key, compute(), [p.detach() for p in parameters]
         return self.value
 
     def __deepcopy__(self, memo: Any) -> "Remembered":

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bestiary.errors import UsageError
 from bestiary.ops import dispatch
-from bestiary.ops.long_convolution import convolve
+from bestiary.ops.fft_convolution import convolve
 from bestiary.ops.native.short_convolution import MOST_TAPS
 from bestiary.ops.native.short_convolution import short_convolution as kernel
 
