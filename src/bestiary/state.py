@@ -126,7 +126,7 @@ def in_place() -> Iterator[None]:
 
 
 def may_write() -> bool:
-    """Whether the caller has given states away (see `in_place`); never while gradients are recorded or code compiled."""
+    """Whether the caller has given states away (see `in_place`); never while code is traced or gradients recorded."""
     return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _in_place.get()
 
 
