@@ -47,12 +47,17 @@ def route(op: str, own: Callable[..., Any], like: Tensor, forced: str | None) ->
     return run
 
 
-def standing(device: torch.device) -> dict[str, dict[str, str]]:
-    """For each function, the op that it computes and, for each dtype, whether it is used on a device, or why not."""
+def standing(device: torch.device) -> dict[str, str]:
+    """For each function of the libraries that are installed: its op, and whether each dtype uses it, or why not."""
     found = {}
     for op, able in TABLE.items():
         for backend in able:
-            dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-            reasons = {name: record.why_not(backend, device, dtype) or "used" for name, dtype in dtypes.items()}
-            found[backend.function] = {"op": op, **reasons}
+            if backend.library.version() is None:
+                continue
+            by_reason: dict[str, list[str]] = {}
+            for dtype in parts.DTYPES:
+                reason = record.why_not(backend, device, dtype) or "used"
+                by_reason.setdefault(reason, []).append(str(dtype).removeprefix("torch."))
+            told = [f"{', '.join(dtypes)} {reason}" for reason, dtypes in by_reason.items()]
+            found[backend.function] = f"{op}: {'; '.join(told)}"
     return found

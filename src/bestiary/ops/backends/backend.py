@@ -31,7 +31,7 @@ class Library(NamedTuple):
 
     def version(self) -> str | None:
         """The installed version, found without importing anything; None where there is none."""
-        return _version(self.distribution)
+        return version_of(self.distribution)
 
     def missing(self) -> str | None:
         """Why it cannot be called; None where it can. Imports it."""
@@ -74,7 +74,8 @@ class Backend(NamedTuple):
 
 
 @functools.cache
-def _version(distribution: str) -> str | None:
+def version_of(distribution: str) -> str | None:
+    """The version of an installed distribution; None where it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -5,13 +5,13 @@ found holds for one version of the library, of torch and of triton, one GPU and 
 """
 
 import functools
-import importlib.metadata
 import json
 from pathlib import Path
 
 import torch
 
 from bestiary.files import cache_folder, write_whole
+from bestiary.ops.backends import backend
 from bestiary.ops.backends.backend import Backend
 
 SCHEMA = 1
@@ -22,16 +22,16 @@ def path() -> Path:
     return cache_folder() / "backends.json"
 
 
-def key(backend: Backend, device: torch.device, dtype: torch.dtype) -> str:
+def key(of: Backend, device: torch.device, dtype: torch.dtype) -> str:
     """What a finding holds for."""
-    return f"{backend.function} | {str(dtype).removeprefix('torch.')} | {_setup(backend.library.distribution, device)}"
+    return f"{of.function} | {str(dtype).removeprefix('torch.')} | {_setup(of.library.distribution, device)}"
 
 
-def why_not(backend: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(of: Backend, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the record does not speak for a function; None where it does."""
-    if backend.library.version() is None:
-        return f"{backend.library.distribution} is not installed"
-    found = read().get(key(backend, device, dtype))
+    if of.library.version() is None:
+        return f"{of.library.distribution} is not installed"
+    found = read().get(key(of, device, dtype))
     if found is None:
         return "not checked with these versions on this GPU: bestiary doctor --check-backend"
     return None if found["verdict"] == "ok" else f"{found['verdict']} when it was checked: {found['detail']}"
@@ -61,13 +61,7 @@ def _read(place: Path) -> dict[str, dict[str, str]]:
         return {}
 
 
-@functools.cache
 def _setup(distribution: str, device: torch.device) -> str:
-    versions = []
-    for name in (distribution, "triton"):
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"no {name}")
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device.type)
-    return " | ".join([*versions, f"torch {torch.__version__}", gpu])
+    versions = {name: backend.version_of(name) for name in (distribution, "triton")}
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return " | ".join([*(f"{name} {version}" for name, version in versions.items()), f"torch {torch.__version__}", gpu])
