@@ -85,9 +85,12 @@ def _libraries() -> dict[str, str]:
     facts = {}
     for library in backends.LIBRARIES.values():
         facts[library.distribution] = library.version() or "not installed"
-    if not torch.cuda.is_available():
-        return facts | {"used": "none of them: there is no CUDA GPU here"}
-    return facts | backends.standing(torch.device("cuda", torch.cuda.current_device()))
+    gpu = _gpu()
+    return facts | ({"used": "none of them: there is no CUDA GPU here"} if gpu is None else backends.standing(gpu))
+
+
+def _gpu() -> torch.device | None:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
 
 
 def _check_backends(console: Console) -> list[dict[str, str]]:
@@ -95,14 +98,15 @@ def _check_backends(console: Console) -> list[dict[str, str]]:
     for library in backends.LIBRARIES.values():
         why_not = library.missing()
         console.print(why_not or f"{library.distribution} {library.version()}", highlight=False)
-    if not torch.cuda.is_available():
+    gpu = _gpu()
+    if gpu is None:
         console.print("Nothing was compared: these kernels run on CUDA GPUs, and there is none here.", highlight=False)
         return []
     table, findings = (
         Table("function", "dtype", "verdict", "what was found", title="backends", title_justify="left"),
         [],
     )
-    for finding in check.run(torch.device("cuda", torch.cuda.current_device())):
+    for finding in check.run(gpu):
         table.add_row(*finding)
         findings.append(finding._asdict())
     if findings:

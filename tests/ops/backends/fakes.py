@@ -20,67 +20,64 @@ CALLS: list[str] = []
 
 
 # fmt: off
+
+
 def chunk_simple_gla(
     q, k, v, g=None, g_gamma=None, scale=None, initial_state=None, output_final_state=False, state_v_first=False,
     cu_seqlens=None, cu_seqlens_cpu=None, **kwargs,
-):  # fmt: on
+):
     CALLS.append("chunk_simple_gla")
     assert g_gamma is None and (g is None or g.shape == v.shape[:3]) and not kwargs
     decay = torch.zeros(*v.shape[:3], 1) if g is None else g[..., None]
     return _linear(q, k, v, decay, None, scale, initial_state, output_final_state, state_v_first, cu_seqlens, kwargs)
 
 
-# fmt: off
 def chunk_gla(
     q, k, v, g, scale=None, initial_state=None, output_final_state=False, state_v_first=False, cu_seqlens=None,
     cu_seqlens_cpu=None,
-):  # fmt: on
+):
     CALLS.append("chunk_gla")
     assert q.shape == k.shape == g.shape
     return _linear(q, k, v, g, None, scale, initial_state, output_final_state, state_v_first, cu_seqlens, {})
 
 
-# fmt: off
 def chunk_rwkv6(
     r, k, v, w, u, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None, cu_seqlens_cpu=None,
     **kwargs,
-):  # fmt: on
+):
     CALLS.append("chunk_rwkv6")
     assert r.shape == k.shape == w.shape and u.shape == k.shape[2:]
     return _linear(r, k, v, w, u, scale, initial_state, output_final_state, False, cu_seqlens, kwargs)
 
 
-# fmt: off
 def chunk_gated_delta_rule(
     q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
     use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, state_v_first=False, cu_seqlens=None,
     cu_seqlens_cpu=None, chunk_indices=None, cp_context=None, **kwargs,
-):  # fmt: on
+):
     CALLS.append("chunk_gated_delta_rule")
     assert g.shape == beta.shape == v.shape[:3]
     assert not (use_qk_l2norm_in_kernel or use_beta_sigmoid_in_kernel or allow_neg_eigval or kwargs)
     return _delta(q, k, v, g[..., None], beta, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
 
 
-# fmt: off
 def chunk_kda(
     q, k, v, g, beta, scale=None, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False,
     use_gate_in_kernel=False, use_beta_sigmoid_in_kernel=False, allow_neg_eigval=False, safe_gate=False,
     lower_bound=None, disable_recompute=False, return_intermediate_states=False, state_v_first=False,
     cu_seqlens=None, cu_seqlens_cpu=None, cp_context=None, use_graph=False, max_num_seqs=None, **kwargs,
-):  # fmt: on
+):
     CALLS.append("chunk_kda")
     assert g.shape == (*v.shape[:3], k.shape[3]) and beta.shape == v.shape[:3] and k.shape[3] <= 256
     assert not (use_qk_l2norm_in_kernel or use_gate_in_kernel or use_beta_sigmoid_in_kernel or safe_gate or kwargs)
     return _delta(q, k, v, g, beta, scale, initial_state, output_final_state, state_v_first, cu_seqlens)
 
 
-# fmt: off
 def chunk_dplr_delta_rule(
     q, k, v, a, b, gk, scale=None, initial_state=None, output_final_state=False, cu_seqlens=None,
     cu_seqlens_cpu=None, safe_gate=False, chunk_size=None, disable_recompute=False, cp_context=None,
     lower_bound=None, **kwargs,
-):  # fmt: on
+):
     """S <- diag(exp(gk)) S + b (a^T S) + k v^T,  o = scale q^T S."""
     CALLS.append("chunk_dplr_delta_rule")
     assert q.shape == k.shape == a.shape == b.shape == gk.shape and not (kwargs or safe_gate)
@@ -109,10 +106,9 @@ def fused_recurrent_rwkv4(w, u, k, v, state):
     return torch.stack(outputs, 1), torch.stack((a, b, m), 1).unsqueeze(2)
 
 
-# fmt: off
 def selective_scan_fn(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=False,
-):  # fmt: on
+):
     """From zero, time last; the last state has no gradient, as in the kernel."""
     CALLS.append("selective_scan_fn")
     assert u.shape == delta.shape and u.shape[1] == A.shape[0] and B.shape == C.shape
@@ -126,11 +122,10 @@ def selective_scan_fn(
     return (y, h.detach()) if return_last_state else y
 
 
-# fmt: off
 def causal_conv1d_fn(
     x, weight, bias=None, seq_idx=None, initial_states=None, return_final_states=False, final_states_out=None,
     activation=None,
-):  # fmt: on
+):
     CALLS.append("causal_conv1d_fn")
     channels, taps = weight.shape
     assert 2 <= taps <= 4 and channels % 8 == 0 and seq_idx is None and not return_final_states
@@ -141,6 +136,9 @@ def causal_conv1d_fn(
     y = F.conv1d(joined, weight.unsqueeze(1), bias, groups=channels).to(x.dtype)
     y = y.transpose(1, 2).contiguous().transpose(1, 2)
     return F.silu(y) if activation in ("silu", "swish") else y
+
+
+# fmt: on
 
 
 def _start(q, k, v, scale, initial_state, output_final_state, state_v_first, cu_seqlens):

@@ -27,7 +27,8 @@ DIMS = {1: (64, 64), 2: (64, 64), 3: (32, 64), 64: (64, 65), 130: (128, 128)}
 """For each length of a segment, the channels of a head's keys and values; 65 is 64 with a normaliser."""
 GATES = ("none", "weak", "strong", "mixed")
 BATCH, HEADS = 2, 4
-STATES = ("state", "num", "den")
+WIDE = ("state", "num", "den", "log_decay", "w", "A")
+"""Inputs that are never narrower than fp32: states, and decays as mixers compute them."""
 
 Call = Callable[..., tuple[Tensor, Any]]
 
@@ -78,10 +79,10 @@ def compare(op: str, backend: Backend, device: torch.device, dtype: torch.dtype)
     for time in DIMS:
         for kind in GATES:
             call, inputs = CASES[op](_Draw(generator, time, kind), backend.function.rpartition(".")[2])
-            # rounded once, so that both sides get the same numbers; states are never narrower than fp32
-            inputs = {n: x.to(torch.float32 if n in STATES else dtype).to(device) for n, x in inputs.items()}
-            found = _results(call, inputs, backend.library.name)
-            expected = _results(call, {n: x.double() for n, x in inputs.items()}, "reference")
+            # rounded before, so that both sides get the same numbers
+            inputs = {n: x.to(torch.float32 if n in WIDE else dtype).to(device) for n, x in inputs.items()}
+            found = _results(call, inputs, backend.library.name, dtype)
+            expected = _results(call, {n: x.double() for n, x in inputs.items()}, "reference", dtype)
             for part, wanted in expected.items():
                 error = _error(found[part], wanted)
                 if not math.isnan(worst) and not error <= worst:  # NaN is worse than anything
@@ -89,8 +90,8 @@ def compare(op: str, backend: Backend, device: torch.device, dtype: torch.dtype)
     return worst, where
 
 
-def _results(call: Call, inputs: dict[str, Tensor], form: str) -> dict[str, Tensor]:
-    """Outputs and gradients by name."""
+def _results(call: Call, inputs: dict[str, Tensor], form: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Outputs and gradients by name; the gradients that come in are numbers of `dtype`."""
     live = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     with dispatch.use(form):
         y, state = call(**live)
@@ -100,8 +101,8 @@ def _results(call: Call, inputs: dict[str, Tensor], form: str) -> dict[str, Tens
         outputs = {"output": y, "state": state}
     generator, loss = torch.Generator().manual_seed(7), torch.zeros((), dtype=torch.float64, device=y.device)
     for x in outputs.values():
-        weights = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
-        loss = loss + (x.double() * weights).sum()
+        weights = torch.randn(x.shape, generator=generator).to(dtype).to(x.device)
+        loss = loss + (x.double() * weights.double()).sum()
     gradients = torch.autograd.grad(loss, list(live.values()), allow_unused=True)
     return outputs | {
         f"gradient of {name}": torch.zeros_like(x) if gradient is None else gradient
