@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bestiary.mixers.base import numbers_at_hand
+
 CHUNK_ELEMENTS = 1 << 22  # logits in memory at a time: 16 MiB in fp32
 
 
@@ -48,7 +50,7 @@ def linear_cross_entropy(
     cap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Weighted mean of the cross-entropy in nats; targets below 0 count for nothing. 0 where nothing counts."""
-    if hidden.device.type == "cpu" and (targets < 0).any():  # rows without a target need no logits
+    if numbers_at_hand(targets) and (targets < 0).any():  # rows without a target need no logits
         kept = targets >= 0
         hidden, targets, weights = hidden[kept], targets[kept], None if weights is None else weights[kept]
     counted = (targets >= 0).to(torch.promote_types(hidden.dtype, torch.float32))
