@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bestiary import ops
 from bestiary.errors import UsageError, unknown
-from bestiary.mixers.base import keep_real
+from bestiary.mixers.base import keep_real, numbers_at_hand
 from bestiary.mixers.context import Context
 from bestiary.ops.short_convolution import last_inputs
 
@@ -198,7 +198,7 @@ def time_gaps(
     if gaps.shape != x.shape[:2]:
         raise UsageError(f"intervals must be of shape {tuple(x.shape[:2])}, one a step, not {tuple(gaps.shape)}")
     gaps = keep_real(gaps.to(dtype), lengths)
-    if gaps.device.type == "cpu" and gaps.numel() and not gaps.min() >= 0:
+    if numbers_at_hand(gaps) and not gaps.min() >= 0:
         raise UsageError("intervals must be at least 0: time does not run backwards")
     return gaps
 

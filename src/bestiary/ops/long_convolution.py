@@ -134,10 +134,16 @@ def by_fft(
 
 def _past(state: ConvolutionState, kernel: Tensor) -> Tensor:
     """The inputs that lags below l_max reach, oldest first, zeros before the start: (batch, <= l_max - 1, channels)."""
-    passed = int(state.position.max()) if state.inputs.numel() else 0  # without slots, nothing has passed
-    reach = min(kernel.shape[1] - 1, passed)
+    reach = min(kernel.shape[1] - 1, _most(state.position, state.inputs.shape[1]))
     place = state.position[:, None] - reach + torch.arange(reach, device=kernel.device)
     return _read(state.inputs, place, kernel)
+
+
+def _most(position: Tensor, bound: int) -> int:
+    """The largest of some positions, none being known to be above `bound`; the bound where code is traced."""
+    if torch.compiler.is_compiling():
+        return bound
+    return int(position.max()) if bound and len(position) else 0
 
 
 def _read(inputs: Tensor, place: Tensor, kernel: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -156,8 +162,7 @@ def _after(
     if not state.inputs.shape[1] and lengths is None and time <= ring:
         inputs = x.clone()  # a fresh start: the ring is not yet full; the caller's x stays the caller's
     else:
-        slots = min(int(end.max()) if batch else 0, ring)
-        slot = torch.arange(slots, device=x.device)
+        slot = torch.arange(min(_most(end, state.inputs.shape[1] + time), ring), device=x.device)
         place = end[:, None] - 1 - (end[:, None] - 1 - slot) % ring  # the newest input of each slot
         new = place - state.position[:, None]
         rows = torch.arange(batch, device=x.device)[:, None]

@@ -49,7 +49,7 @@ def short_convolution(
         return y.to(x.dtype), state
     with dispatch.full_precision(x):
         wide = x.to(state.dtype)
-        y = dispatch.choose("short_convolution", time=x.shape[1])(wide, weight.to(state.dtype), state)
+        y = dispatch.choose("short_convolution", time=x.shape[1], like=x)(wide, weight.to(state.dtype), state)
         if bias is not None:
             y = y + bias.to(state.dtype)
         y = F.silu(y) if activation == "silu" else y
