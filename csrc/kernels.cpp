@@ -7,6 +7,7 @@
 #include "matvec.h"
 #include "selective_scan.h"
 #include "short_convolution.h"
+#include "wkv.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -39,6 +40,10 @@ EXPORT void bestiary_recurrence_forward(const Recurrence* r) { linear_recurrence
 EXPORT void bestiary_recurrence_backward(const Recurrence* r, const RecurrenceBack* g) {
   linear_recurrence::backward(*r, *g);
 }
+
+EXPORT i64 bestiary_wkv_chunk() { return wkv::T; }
+EXPORT void bestiary_wkv_forward(const Wkv* s) { wkv::forward(*s); }
+EXPORT void bestiary_wkv_backward(const Wkv* s, const WkvBack* g) { wkv::backward(*s, *g); }
 
 EXPORT i64 bestiary_pack_bytes(i64 format, i64 outputs, i64 inputs) {
   return matvec::panels(outputs) * matvec::panel_bytes(format, inputs);

@@ -94,6 +94,26 @@ void recurrences(i64 batch, i64 time, i64 channels, bool padded) {
   bestiary_recurrence_backward(&r, &g);
 }
 
+void wkv_sums(i64 batch, i64 time, i64 channels, float size, bool padded) {
+  Pool pool;
+  std::vector<i64> lengths(batch);
+  for (i64 b = 0; b < batch; b++) lengths[b] = b % (time + 1);
+  const i64 whole = batch * time * channels, edge = batch * channels;
+  Wkv s = {};
+  s.batch = batch, s.time = time, s.channels = channels;
+  s.k = pool.get(whole, -size, size), s.v = pool.get(whole), s.w = pool.get(channels, -size, 0), s.u = pool.get(channels);
+  s.num = pool.get(edge), s.den = pool.get(edge, 0, 1), s.max = pool.get(edge, -size, size);
+  s.k_batch = s.v_batch = time * channels, s.k_time = s.v_time = channels, s.lengths = padded ? lengths.data() : nullptr;
+  s.y = pool.get(whole), s.new_num = pool.get(edge), s.new_den = pool.get(edge), s.new_max = pool.get(edge);
+  s.starts = pool.get(batch * ((time + bestiary_wkv_chunk() - 1) / bestiary_wkv_chunk()) * 3 * channels);
+  bestiary_wkv_forward(&s);
+  WkvBack g = {};
+  g.dy = pool.get(whole), g.dnew_num = pool.get(edge), g.dnew_den = pool.get(edge), g.dnew_max = pool.get(edge);
+  g.dy_batch = time * channels, g.dy_time = channels, g.dk = pool.get(whole), g.dv = pool.get(whole);
+  g.dw = pool.get(edge), g.du = pool.get(edge), g.dnum = pool.get(edge), g.dden = pool.get(edge), g.dmax = pool.get(edge);
+  bestiary_wkv_backward(&s, &g);
+}
+
 // A matrix in a format, in memory of exactly its size.
 struct Packed {
   Matrix m = {};
@@ -135,11 +155,16 @@ int main() {
   int ran = 0;
   for (i64 batch : {1, 3})
     for (i64 time : {0, 1, 2, 5, 64, 65})
-      for (i64 channels : {1, 7, 16, 35}) {
+      for (i64 channels : {1, 7, 16, 35, 64, 150, 260}) {
         for (bool padded : {false, true}) recurrences(batch, time, channels, padded), ran++;
-        for (i64 taps : {1, 2, 3, 4, 16})
+        for (i64 taps : {1, 2, 3, 4, 7, 16})
           for (int kind = 0; kind < 4; kind++) short_convolution_layers(batch, time, channels, taps, kind & 1, kind & 2), ran++;
       }
+  for (i64 batch : {1, 3})
+    for (i64 time : {0, 1, 2, 15, 16, 17, 40})
+      for (i64 channels : {1, 5, 16, 33, 64, 150})
+        for (float size : {1.0f, 100.0f})
+          for (bool padded : {false, true}) wkv_sums(batch, time, channels, size, padded), ran++;
   for (i64 format = 0; format < 4; format++)
     for (i64 rows : {1, 2, 3, 5, 8, 17}) {
       for (i64 outputs : {1, 15, 16, 17, 50})

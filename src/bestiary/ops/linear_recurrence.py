@@ -45,10 +45,10 @@ def linear_recurrence(
         dtype = torch.promote_types(dispatch.wide(decay.real.dtype, write.real.dtype), write.dtype)
         state = torch.zeros(write.shape[0], *write.shape[2:], dtype=dtype, device=write.device)
     complexity = "the kernel computes with real numbers" if state.is_complex() else None
+    if dispatch.compiled("linear_recurrence", state, why_not=complexity):
+        return kernel(decay.to(state.dtype), write.to(state.dtype), state, lengths)
     with dispatch.full_precision(write):
         decay, write = decay.to(state.dtype), write.to(state.dtype)
-        if dispatch.compiled("linear_recurrence", state, why_not=complexity):
-            return kernel(decay, write, state, lengths)
         if lengths is not None:
             real = torch.arange(write.shape[1], device=write.device) < lengths[:, None]
             real = real.reshape(*real.shape, *[1] * (write.ndim - 2))

@@ -16,6 +16,9 @@ from torch import Tensor
 from bestiary import state as states
 from bestiary.ops import dispatch
 from bestiary.ops.linear_recurrence import scan
+from bestiary.ops.native.wkv import wkv as kernel
+
+dispatch.has_kernel("wkv")
 
 SMALLEST = -1e38
 """The reference exponent of an empty past: finite, since -inf - -inf is NaN."""
@@ -45,11 +48,15 @@ def wkv(
         w: log-decay of each channel, at most 0 (-exp(time_decay) in RWKV's parameters).
         u: bonus of the current step (time_first).
         state: the past, fp32 or wider; None for none.
-        lengths: real steps of each row of a right-padded batch; only these enter the state.
+        lengths: real steps of each row of a right-padded batch; only these enter the state, and y elsewhere means
+            nothing.
     """
     if state is None:
         state = empty_wkv(k.shape[0], k.shape[2], dtype=dispatch.wide(k.dtype, v.dtype), device=k.device)
     dtype = state.num.dtype
+    if dispatch.compiled("wkv", *state):
+        y, after = kernel(tuple(x.to(dtype) for x in (k, v, w, u)), state, lengths)
+        return y.to(v.dtype), WKVState(*after)
     with dispatch.full_precision(k):
         wide = (x.to(dtype) for x in (k, v, w, u))
         y, state = dispatch.choose("wkv", time=k.shape[1])(*wide, state, lengths)

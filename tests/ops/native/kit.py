@@ -97,6 +97,14 @@ def check_second(op: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
         torch.autograd.grad(sum(g.square().sum() for g in gradients if g is not None), live)
 
 
+def check_compiled(op: Callable[..., Any], cases: Sequence[Sequence[Tensor]]) -> None:
+    """torch.compile takes it whole, at any shape, and changes no bit; code is generated for none of it."""
+    whole = torch.compile(op, fullgraph=True, dynamic=True, backend="aot_eager")
+    for inputs in cases:
+        plain, compiled = (run(f, inputs, "native", torch.float32) for f in (op, whole))
+        assert all(torch.equal(a, b) for a, b in zip(plain, compiled))
+
+
 def in_process(code: str, **environment: str) -> str:
     """What a Python of its own prints."""
     done = subprocess.run(

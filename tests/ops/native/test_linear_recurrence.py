@@ -9,7 +9,7 @@ from torch import Tensor
 from bestiary import UsageError, ops
 
 pytestmark = kit.needed
-SHAPES = [(1, 1, 1), (2, 0, 5), (3, 2, 17), (2, 3, 16), (1, 100, 40), (2, 33, 100)]
+SHAPES = [(1, 1, 1), (2, 0, 5), (3, 2, 17), (2, 3, 16), (1, 100, 40), (2, 33, 100), (2, 9, 128), (3, 20, 300)]
 
 
 def case(shape: tuple[int, ...], kind: str) -> list[Tensor]:
@@ -64,6 +64,27 @@ def test_threads_and_layouts_change_no_bit() -> None:
     kit.check_layouts(op, inputs)
 
 
+def test_nan_comes_out_where_it_goes_in() -> None:
+    decay, write, state = (x.float() for x in case((2, 40, 20), "weak"))
+    write[1, 30, 3] = torch.nan
+    with ops.use("native"):
+        h, after = op(decay, write, state)
+    assert h[1, 30:, 3].isnan().all() and h.isnan().sum() == 10 and after.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_and_the_result_is_fp32(dtype: torch.dtype) -> None:
+    decay, write, state = (x.float() for x in case((2, 40, 20), "weak"))
+    decay, write = decay.to(dtype), write.to(dtype)
+    with ops.use("native"):
+        found = op(decay, write, state)
+    with ops.use("reference"):
+        exact = op(*(x.double() for x in (decay, write, state)))
+    for a, b in zip(found, exact):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b.float(), rtol=2e-6, atol=2e-6)
+
+
 def test_a_decay_that_is_the_same_at_all_steps_may_be_a_view() -> None:
     decay, write, state = (x.float() for x in case((2, 9, 20), "weak"))
     decay = decay[:, :1].expand(-1, 9, -1)
@@ -83,3 +104,10 @@ def test_torch_knows_it_as_an_operator() -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     operator = torch.ops.bestiary.linear_recurrence.default
     torch.library.opcheck(operator, (decay, write, state, None), test_utils=tests)
+
+
+def test_it_compiles_for_any_length() -> None:
+    def operator(decay, write, state):  # type: ignore[no-untyped-def]
+        return torch.ops.bestiary.linear_recurrence(decay, write, state, None)
+
+    kit.check_compiled(operator, [case((2, time, 20), "weak") for time in (9, 20, 33)])

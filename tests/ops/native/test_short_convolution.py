@@ -18,6 +18,10 @@ SHAPES = [
     (3, 64, 20, 2),
     (2, 65, 40, 4),
     (1, 130, 7, 16),
+    (9, 7, 64, 2),
+    (1, 33, 130, 3),
+    (2, 70, 260, 4),
+    (1, 97, 150, 7),
 ]
 
 
@@ -73,9 +77,17 @@ def test_other_shapes_are_refused() -> None:
 
 
 def test_threads_and_layouts_change_no_bit() -> None:
-    inputs = case((3, 200, 100, 4))
-    kit.check_threads(silu, inputs)
-    kit.check_layouts(silu, inputs)
+    for shape in ((3, 200, 100, 4), (70, 3, 140, 3)):
+        kit.check_threads(silu, case(shape))
+        kit.check_layouts(silu, case(shape))
+
+
+def test_one_row_or_many_give_the_same_bits() -> None:
+    x, weight, bias, state = (t.float() for t in case((40, 3, 150, 4)))
+    with ops.use("native"):
+        together = silu(x, weight, bias, state)
+        alone = [silu(x[i : i + 1], weight, bias, state[i : i + 1]) for i in range(40)]
+    assert all(torch.equal(a, torch.cat(b)) for a, b in zip(together, zip(*alone)))
 
 
 def test_nan_comes_out_where_it_goes_in() -> None:
@@ -84,6 +96,18 @@ def test_nan_comes_out_where_it_goes_in() -> None:
     with ops.use("native"):
         y, after = silu(x, weight, bias, state)
     assert y[1, 38:, 3].isnan().all() and y.isnan().sum() == 2 and after.isnan().sum() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_and_the_state_stays_in_fp32(dtype: torch.dtype) -> None:
+    x, weight, bias, state = (t.float() for t in case((2, 40, 20, 4)))
+    with ops.use("native"):
+        y, after = silu(x.to(dtype), weight, bias, state)
+    with ops.use("reference"):
+        expected, exact = silu(*(t.double() for t in (x.to(dtype), weight, bias, state)))
+    assert y.dtype == dtype and after.dtype == torch.float32
+    assert torch.equal(after, exact.float())
+    torch.testing.assert_close(y.double(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-3)
 
 
 def test_many_taps_are_not_its_work() -> None:
@@ -98,3 +122,10 @@ def test_torch_knows_it_as_an_operator() -> None:
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     operator = torch.ops.bestiary.short_convolution.default
     torch.library.opcheck(operator, (x, weight, bias, state, None, True), test_utils=tests)
+
+
+def test_it_compiles_for_any_length() -> None:
+    def operator(x, weight, bias, state):  # type: ignore[no-untyped-def]
+        return torch.ops.bestiary.short_convolution(x, weight, bias, state, None, True)
+
+    kit.check_compiled(operator, [case((2, time, 20, 4)) for time in (9, 20, 33)])

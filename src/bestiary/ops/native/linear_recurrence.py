@@ -39,6 +39,8 @@ torch.library.define(
 
 def linear_recurrence(a: Tensor, b: Tensor, before: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """(h, the last h) of real fp32 tensors on the CPU; see bestiary.ops.linear_recurrence. h is zero at padding."""
+    if b.ndim == 3:
+        return torch.ops.bestiary.linear_recurrence(a, b, before, lengths)
     channels = math.prod(b.shape[2:])
     flat = [x.reshape(*x.shape[:2], channels) for x in (a, b)]
     h, after = torch.ops.bestiary.linear_recurrence(*flat, before.reshape(len(b), channels), lengths)
