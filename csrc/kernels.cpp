@@ -2,6 +2,7 @@
 //
 // The interface is C and knows pointers and sizes alone, so that it depends on no version of Python or PyTorch. Whoever
 // calls answers for shapes and for buffers that are large enough (src/bestiary/ops/native).
+#include "delta_rule.h"
 #include "linear_recurrence.h"
 #include "mamba_layer.h"
 #include "matvec.h"
@@ -58,6 +59,11 @@ EXPORT void bestiary_mamba_layer(const MambaLayer* l, i64 rows, const float* inp
                                  float* output, float* new_history, float* new_h) {
   mamba_layer::step(*l, rows, input, history, h, output, new_history, new_h);
 }
+
+EXPORT i64 bestiary_delta_steps(i64 keys, i64 values) { return delta::steps(keys, values); }
+EXPORT i64 bestiary_delta_panels(i64 values) { return delta::panels(values); }
+EXPORT void bestiary_delta_forward(const Delta* d) { delta::forward(*d); }
+EXPORT void bestiary_delta_backward(const Delta* d, const DeltaBack* r) { delta::backward(*d, *r); }
 
 // For tests: the functions of vec.h on n numbers, n a multiple of the lanes.
 EXPORT void bestiary_elementwise(i64 n, i64 which, const float* x, float* y) {

@@ -149,6 +149,34 @@ void mamba_layer_step(i64 width, i64 channels, i64 states, i64 rank, i64 taps, i
                        pool.get(history), pool.get(h));
 }
 
+// kind: no gates, a head's, a channel's, the general form.
+void delta_rule(i64 batch, i64 time, i64 heads, i64 keys, i64 values, int kind) {
+  Pool pool;
+  const i64 steps = batch * time * heads, states = batch * heads * keys * values;
+  const i64 per_gate = kind > 1 ? keys : 1, per_chunk = bestiary_delta_steps(keys, values);
+  const bool general = kind == 3;
+  const DeltaStrides by_key = {time * heads * keys, heads * keys, keys}, by_value = {time * heads * values, heads * values, values};
+  Delta d = {};
+  d.batch = batch, d.time = time, d.heads = heads, d.keys = keys, d.values = values;
+  d.gates = kind > 1 ? 2 : kind, d.scale = 0.5;
+  d.q = pool.get(steps * keys), d.k = pool.get(steps * keys), d.v = pool.get(steps * values);
+  d.beta = general ? nullptr : pool.get(steps, 0, 2);
+  d.g = kind ? pool.get(steps * per_gate, -3, 0) : nullptr;
+  d.a = general ? pool.get(steps * keys) : nullptr, d.b = general ? pool.get(steps * keys) : nullptr;
+  d.at_q = d.at_k = d.at_a = d.at_b = by_key, d.at_v = by_value, d.at_beta = {time * heads, heads, 1};
+  d.at_g = {time * heads * per_gate, heads * per_gate, per_gate};
+  d.before = pool.get(states), d.after = pool.get(states), d.o = pool.get(steps * values);
+  d.starts = pool.get(batch * heads * ((time + per_chunk - 1) / per_chunk) * keys * ((values + W - 1) / W * W));
+  bestiary_delta_forward(&d);
+  DeltaBack r = {};
+  const i64 parts = bestiary_delta_panels(values) * steps;
+  r.dout = pool.get(steps * values), r.dafter = time % 2 ? pool.get(states) : nullptr, r.at_dout = by_value;
+  r.dq = pool.get(parts * keys), r.dk = pool.get(parts * keys), r.dg = kind ? pool.get(parts * per_gate) : nullptr;
+  r.da = general ? pool.get(parts * keys) : nullptr, r.db = general ? pool.get(parts * keys) : nullptr;
+  r.dbeta = general ? nullptr : pool.get(parts), r.dv = pool.get(steps * values), r.dbefore = pool.get(states);
+  bestiary_delta_backward(&d, &r);
+}
+
 }  // namespace
 
 int main() {
@@ -177,5 +205,12 @@ int main() {
       for (i64 channels : {1, 3, 8, 16, 17, 33, 150})
         for (i64 states : {1, 2, 3, 7, 16, 31})
           for (int kind = 0; kind < 4; kind++) selective_scan(batch, time, channels, states, kind & 1, kind & 2), ran++;
+  for (i64 batch : {1, 2})
+    for (i64 time : {0, 1, 2, 31, 32, 33})
+      for (i64 heads : {1, 3})
+        for (i64 keys : {1, 3, 16, 19})
+          for (i64 values : {1, 4, 15, 32, 50, 129})
+            for (int kind = 0; kind < 4; kind++) delta_rule(batch, time, heads, keys, values, kind), ran++;
+  for (int kind = 0; kind < 4; kind++) delta_rule(1, 9, 1, 300, 64, kind), ran++;  // short chunks
   std::printf("%d shapes ran\n", ran);
 }

@@ -17,7 +17,10 @@ from torch import Tensor
 
 from bestiary.errors import UsageError
 from bestiary.ops import decay, dispatch
+from bestiary.ops.native import delta_rule as native
 
+dispatch.has_kernel("delta_rule")
+dispatch.has_kernel("dplr")
 CHUNK = 64
 PIECE = 2048
 """Steps whose chunks are computed together; bounds the memory of long segments."""
@@ -50,6 +53,13 @@ def delta_rule(
         raise UsageError(f"log_decay must have a shape among {allowed}, not {tuple(log_decay.shape)}")
     state = _memory(q, v, state)
     scale = q.shape[3] ** -0.5 if scale is None else scale
+    if dispatch.compiled("delta_rule", state):
+        q, k, v_wide, beta = (x.to(state.dtype) for x in (q, k, v, beta))
+        if log_decay is not None:
+            log_decay = log_decay.to(state.dtype)
+            log_decay = log_decay.expand(beta.shape) if log_decay.ndim == 1 else log_decay
+        o, state = native.delta_rule(q, k, v_wide, beta, log_decay, state, scale)
+        return o.to(v.dtype), state
     with dispatch.full_precision(v):
         gates = torch.zeros_like(beta, dtype=state.dtype) if log_decay is None else log_decay.to(state.dtype)
         if gates.ndim == 1:
@@ -128,6 +138,10 @@ def dplr(
     o comes in v's dtype, the state in its own.
     """
     state = _memory(r, v, state)
+    if dispatch.compiled("dplr", state):
+        r, w, k, v_wide, a, b = (x.to(state.dtype) for x in (r, w, k, v, a, b))
+        o, state = native.dplr(r, w, k, v_wide, a, b, state)
+        return o.to(v.dtype), state
     with dispatch.full_precision(v):
         wide = (x.to(state.dtype) for x in (r, w, k, v, a, b))
         o, state = dispatch.choose("dplr", time=v.shape[1])(*wide, state)
