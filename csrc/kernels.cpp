@@ -3,6 +3,7 @@
 // The interface is C and knows pointers and sizes alone, so that it depends on no version of Python or PyTorch. Whoever
 // calls answers for shapes and for buffers that are large enough (src/bestiary/ops/native).
 #include "delta_rule.h"
+#include "linear_attention.h"
 #include "linear_recurrence.h"
 #include "mamba_layer.h"
 #include "matvec.h"
@@ -12,7 +13,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT i64 bestiary_version() { return 1; }
+EXPORT i64 bestiary_version() { return 2; }
 EXPORT i64 bestiary_lanes() { return W; }
 EXPORT i64 bestiary_threads() {
 #ifdef _OPENMP
@@ -64,6 +65,15 @@ EXPORT i64 bestiary_delta_steps(i64 keys, i64 values) { return delta::steps(keys
 EXPORT i64 bestiary_delta_panels(i64 values) { return delta::panels(values); }
 EXPORT void bestiary_delta_forward(const Delta* d) { delta::forward(*d); }
 EXPORT void bestiary_delta_backward(const Delta* d, const DeltaBack* r) { delta::backward(*d, *r); }
+
+EXPORT i64 bestiary_linear_attention_starts(i64 batch, i64 time, i64 heads, i64 keys, i64 columns) {
+  return batch * heads * linear::chunks(time) * linear::padded(keys, linear::ROWS) * linear::padded(columns, W);
+}
+EXPORT i64 bestiary_linear_attention_parts(i64 heads, i64 groups) { return linear::parts(heads, groups); }
+EXPORT void bestiary_linear_attention_forward(const LinearAttention* s) { linear::forward(*s); }
+EXPORT void bestiary_linear_attention_backward(const LinearAttention* s, const LinearAttentionBack* r) {
+  linear::backward(*s, *r);
+}
 
 // For tests: the functions of vec.h on n numbers, n a multiple of the lanes.
 EXPORT void bestiary_elementwise(i64 n, i64 which, const float* x, float* y) {

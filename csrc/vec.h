@@ -64,8 +64,17 @@ inline float sum(vf x) {
   return s[0];
 }
 
-// exp(x), within 1 ulp for -87.3 < x < 88.3; 0 below, infinite above; NaN stays NaN.
-// x = n ln 2 + r with |r| <= ln 2 / 2; exp(r) by a polynomial of degree 6, made for the least relative error.
+// exp(r) - 1 for |r| <= ln 2 / 2, exact also where r is small: a polynomial made for the least relative error of exp(r).
+inline vf less_one(vf r) {
+  vf p = all(1.3814550820e-3f);
+  p = p * r + 8.3687287174e-3f;
+  p = p * r + 4.1668389499e-2f;
+  p = p * r + 1.6666520535e-1f;
+  p = p * r + 4.9999993440e-1f;
+  return p * (r * r) + r;
+}
+
+// exp(x), within 1 ulp for -87.3 < x < 88.3; 0 below, infinite above; NaN stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2.
 inline vf exp(vf x) {
   const float low = -87.33654f, high = 88.37626f, magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
   vf y = smaller(all(high), larger(all(low), x));
@@ -73,12 +82,7 @@ inline vf exp(vf x) {
   vf n = t - magic;
   vf r = n * -0.693145751953125f + y;  // ln 2 in two parts, the first with few bits
   r = n * -1.42860682030941723e-6f + r;
-  vf p = all(1.3814550820e-3f);
-  p = p * r + 8.3687287174e-3f;
-  p = p * r + 4.1668389499e-2f;
-  p = p * r + 1.6666520535e-1f;
-  p = p * r + 4.9999993440e-1f;
-  p = p * (r * r) + r + 1.0f;
+  vf p = less_one(r) + 1.0f;
   vf scale = floats((bits(t) << 23) + 0x3F800000);
   vf e = p * scale;
   e = x < all(low) ? vf{} : e;

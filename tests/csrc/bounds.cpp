@@ -177,6 +177,33 @@ void delta_rule(i64 batch, i64 time, i64 heads, i64 keys, i64 values, int kind) 
   bestiary_delta_backward(&d, &r);
 }
 
+void linear_attention(i64 batch, i64 time, i64 groups, i64 shared, i64 keys, i64 values, i64 decay, bool bonus, bool ones) {
+  Pool pool;
+  const i64 heads = groups * shared, whole = batch * time * heads, memory = batch * heads * keys * (values + ones);
+  LinearAttention s = {};
+  s.batch = batch, s.time = time, s.heads = heads, s.groups = groups, s.keys = keys, s.values = values;
+  s.decay = decay, s.ones = ones, s.scale = 0.5f, s.eps = 1e-6f;
+  s.q = pool.get(batch * time * groups * keys, 0.1f), s.k = pool.get(batch * time * groups * keys, 0.1f);
+  s.v = pool.get(whole * values), s.g = pool.get(whole * (decay == 2 ? keys : 1), -50, 0);
+  s.bonus = bonus ? pool.get(heads * keys, 0.1f) : nullptr;
+  s.q_batch = s.k_batch = time * groups * keys, s.q_time = s.k_time = groups * keys, s.q_head = s.k_head = keys;
+  s.v_batch = time * heads * values, s.v_time = heads * values, s.v_head = values;
+  s.g_head = decay == 2 ? keys : 1, s.g_time = heads * s.g_head, s.g_batch = time * s.g_time;
+  s.before = pool.get(memory, 0.1f), s.o = pool.get(whole * values), s.after = pool.get(memory);
+  s.norms = pool.get(whole);
+  if (time == 1) bestiary_linear_attention_forward(&s);  // a single step, which saves nothing
+  s.starts = pool.get(bestiary_linear_attention_starts(batch, time, heads, keys, values + ones));
+  bestiary_linear_attention_forward(&s);
+  LinearAttentionBack r = {};
+  const i64 parts = bestiary_linear_attention_parts(heads, groups);
+  r.dy = pool.get(whole * values), r.o = s.o, r.dafter = pool.get(memory);
+  r.dy_batch = s.v_batch, r.dy_time = s.v_time, r.dy_head = s.v_head;
+  r.dq = pool.get(parts * batch * time * groups * keys), r.dk = pool.get(parts * batch * time * groups * keys);
+  r.dv = pool.get(whole * values), r.dg = pool.get(decay ? whole * s.g_head : 0);
+  r.dbonus = pool.get(bonus ? batch * heads * keys : 0), r.dbefore = pool.get(memory);
+  bestiary_linear_attention_backward(&s, &r);
+}
+
 }  // namespace
 
 int main() {
@@ -212,5 +239,12 @@ int main() {
           for (i64 values : {1, 4, 15, 32, 50, 129})
             for (int kind = 0; kind < 4; kind++) delta_rule(batch, time, heads, keys, values, kind), ran++;
   for (int kind = 0; kind < 4; kind++) delta_rule(1, 9, 1, 300, 64, kind), ran++;  // short chunks
+  for (i64 time : {0, 1, 2, 64, 65})
+    for (i64 keys : {1, 3, 17})
+      for (i64 values : {1, 8, 17, 64, 113})
+        for (int kind = 0; kind < 12; kind++, ran++) {
+          linear_attention(2, time, 1, 1, keys, values, kind % 3, kind / 3 & 1, kind / 6);
+          linear_attention(1, time, 2, 5, keys, values, kind % 3, kind / 3 & 1, kind / 6);
+        }
   std::printf("%d shapes ran\n", ran);
 }

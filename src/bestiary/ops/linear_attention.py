@@ -23,7 +23,9 @@ from torch.nn import functional as F
 
 from bestiary.errors import UsageError
 from bestiary.ops import decay, dispatch
+from bestiary.ops.native.linear_attention import linear_attention as kernel
 
+dispatch.has_kernel("linear_attention")
 CHUNK = 64
 PIECE = 2048
 """Steps whose chunks are computed together; bounds the memory of long segments."""
@@ -51,7 +53,8 @@ def linear_attention(
         normalise: divide by the reading of ones plus `eps`; the state then has value_dim + 1 columns.
         state: the memory before this segment, fp32 or wider; None for zeros.
 
-    o comes in v's dtype, the state in its own.
+    o comes in v's dtype, the state in its own. The compiled kernel adds to the memory step by step in fp32: where
+    nothing decays, its errors grow with the root of the length, 2e-6 to 4e-6 of the largest entry after 8192 steps.
     """
     _check(q, v, log_decay, bonus)
     key_dim = q.shape[3]
@@ -59,6 +62,11 @@ def linear_attention(
         shape = (v.shape[0], v.shape[2], key_dim, v.shape[3] + normalise)
         state = torch.zeros(shape, dtype=dispatch.wide(q.dtype, k.dtype, v.dtype), device=v.device)
     scale = key_dim**-0.5 if scale is None else scale
+    if dispatch.compiled("linear_attention", state):
+        gates = log_decay.expand(*v.shape[:3]) if log_decay is not None and log_decay.ndim == 1 else log_decay
+        parts = tuple(x if x is None else x.to(state.dtype) for x in (q, k, v, gates, bonus))
+        o, state = kernel(parts, state, scale, normalise, eps)
+        return o.to(v.dtype), state
     with dispatch.full_precision(v):
         wide_q, wide_k, values = q.to(state.dtype) * scale, k.to(state.dtype), v.to(state.dtype)
         if normalise:

@@ -20,11 +20,18 @@ LIMIT = 2e-6
 needed = pytest.mark.skipif(load()[0] is None, reason=f"no compiled kernels: {load()[1]}")
 
 
-def check_kernel(op: Callable[..., Any], inputs: Sequence[Tensor], *, limit: float = LIMIT) -> None:
-    """The kernel is the float64 definition, output, state and every gradient, on inputs that fp32 holds exactly."""
+def check_kernel(
+    op: Callable[..., Any], inputs: Sequence[Tensor], *, limit: float = LIMIT, joint: bool = False
+) -> None:
+    """The kernel is the float64 definition, output, state and every gradient, on inputs that fp32 holds exactly.
+
+    With `joint`, gradients are measured by the largest entry of all of them (see check_forms).
+    """
     rounded = [x.float() for x in inputs]
     exact = run(op, rounded, "reference", torch.float64)
     found = run(op, rounded, "native", torch.float32)
+    if joint:
+        found, exact = ([*side[:2], torch.cat([x.flatten() for x in side[2:]])] for side in (found, exact))
     assert relative(found, exact) < limit
 
 

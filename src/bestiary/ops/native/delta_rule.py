@@ -70,7 +70,13 @@ def _filled(parts: tuple[Tensor | None, ...], scale: float) -> tuple[_Delta, lis
     q, k, v, beta, g, a, b = parts
     assert q is not None and v is not None
     by_key, by_step = tuple(q.shape), tuple(q.shape[:3])
-    named = (("k", k, by_key), ("v", v, (*by_step, v.shape[-1])), ("beta", beta, by_step), ("a", a, by_key), ("b", b, by_key))
+    named = (
+        ("k", k, by_key),
+        ("v", v, (*by_step, v.shape[-1])),
+        ("beta", beta, by_step),
+        ("a", a, by_key),
+        ("b", b, by_key),
+    )
     check_shapes("delta_rule", *named, ("log_decay", g, by_key if g is not None and g.ndim == 4 else by_step))
     alive = [x if x is None or x.ndim < 4 else rows(x) for x in parts]
     delta = _Delta(*by_key, v.shape[3], 0 if g is None else g.ndim - 2, scale)
@@ -125,9 +131,7 @@ def _backward(dout, dafter, q, k, v, beta, g, a, b, starts, scale):
     back = _DeltaBack(pointer(dout), pointer(dafter), _Strides(*dout.stride()[:3]), *outputs)
     library.bestiary_delta_backward(ctypes.byref(delta), ctypes.byref(back))
     del alive
-    dq, dk, da, db, dg, dbeta = (
-        buffer(0) if x is None else x.squeeze(0) if panels == 1 else x.sum(0) for x in parts
-    )
+    dq, dk, da, db, dg, dbeta = (buffer(0) if x is None else x.squeeze(0) if panels == 1 else x.sum(0) for x in parts)
     return dq, dk, dv, dbeta, dg, da, db, dbefore
 
 
