@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: speed against peers, as JSON lines and a table."""
+"""`python -m benchmarks`: speed against peers, as JSON lines and a page."""
 
 import platform
 import sys
@@ -10,10 +10,18 @@ import torch
 import tyro
 
 import bestiary
-from benchmarks.harness import measure, write
+from benchmarks.harness import children, measure, write
+from benchmarks.page import page
 from benchmarks.works import GROUPS
 from bestiary.errors import BestiaryError, unknown
 from bestiary.ops.native import load
+
+NARROW = {
+    "BESTIARY_KERNELS": "avx2",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
 
 
 @dataclass(frozen=True)
@@ -23,17 +31,19 @@ class Benchmarks:
     Examples:
       python -m benchmarks
       python -m benchmarks --works decode scan --rounds 9
-      BESTIARY_KERNELS=avx2 python -m benchmarks        as on a processor without AVX-512
+      python -m benchmarks --forbid-avx512              as on a processor without it
     """
 
     works: tuple[str, ...] = ()
-    """Which: decode, prefill, train, scan, mixing; all by default."""
+    """Which groups; all by default."""
     rounds: int = 5
     """How often each contender runs, in turn with the others."""
     threads: int | None = None
     """Threads of every contender; by default one a core."""
+    forbid_avx512: bool = False
+    """Tell all that can be told not to use AVX-512."""
     folder: Path = Path("runs/benchmarks")
-    """Where results.jsonl and table.md go."""
+    """Where the results and the page go."""
 
 
 def main() -> int:
@@ -45,29 +55,38 @@ def main() -> int:
                 raise unknown("work", name, GROUPS)
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
+        environment = {"OMP_NUM_THREADS": str(torch.get_num_threads()), **(NARROW if arguments.forbid_avx512 else {})}
         about = {
             "date": date.today().isoformat(),
             "bestiary": bestiary.__version__,
             "torch": torch.__version__,
-            "processor": platform.processor() or platform.machine(),
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-            "kernels": load()[1],
+            "processor": _processor(),
+            "kernels": "avx2, AVX-512 forbidden" if arguments.forbid_avx512 else load()[1],
             "threads": torch.get_num_threads(),
             "rounds": arguments.rounds,
         }
-        results = []
+        results, path = [], arguments.folder / ("avx2.jsonl" if arguments.forbid_avx512 else "results.jsonl")
         for group in groups:
             for work in GROUPS[group]():
-                results += measure(
-                    work, rounds=arguments.rounds, say=lambda line: print(line, file=sys.stderr, flush=True)
-                )
-                path = write(results, about, arguments.folder)  # after each: an interruption loses one work
-        print(path.read_text(encoding="utf-8"))
+                with children(group, work, environment) as runs:
+                    results += measure(
+                        work, runs, rounds=arguments.rounds, say=lambda line: print(line, file=sys.stderr)
+                    )
+                write(results, about, path)  # after each: an interruption loses one work
+        print(page(path))
         print(f"wrote {path}")
     except BestiaryError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _processor() -> str:
+    """The processor's own name, where the system tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,18 +1,25 @@
-"""Contenders take turns, round after round, in one process: what disturbs one disturbs all.
+"""Contenders take turns, round after round, each in a process of its own: what disturbs one disturbs all.
 
-Each round runs every contender once, in an order that turns by one from round to round. What is reported: the median of
-the rounds with the least and the most, and for each peer the median over rounds of (its time / ours), with the range.
+Each round asks every contender once, in an order that turns by one from round to round, and pauses in between, so that
+threads that wait in one process do not take time from the next. What is reported: the median of the rounds with the
+least and the most, and for each peer the median over rounds of (its time / ours), with the range.
 """
 
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 Run = Callable[[], object]
+PAUSE = 0.05
+"""Seconds before each contender."""
 
 
 class Missing(Exception):
@@ -20,100 +27,167 @@ class Missing(Exception):
 
 
 @dataclass
+class Contender:
+    """Who does a work.
+
+    Args:
+        prepare: loads and warms up; returns what one round runs.
+        target: its time (or size) over ours that is aimed at; 0 for none.
+    """
+
+    prepare: Callable[[], Run]
+    target: float = 0.0
+
+
+@dataclass
 class Work:
     """One thing to do, and who does it.
 
     Args:
-        name: what it is called on the command line.
+        name: what it is called on the command line and in files.
         title: what it is, for the table.
-        ours: the name of the contender that the others are compared with.
-        contenders: name -> function that prepares (loads, warms caches) and returns what one round runs.
+        contenders: by name; the first is ours, which the others are compared with.
         per: how many units one run does (tokens, say), to give a rate; 0 for none.
-        unit: of these.
+        unit: of these; "bytes": what a run returns is what counts, not its time.
     """
 
     name: str
     title: str
-    ours: str
-    contenders: dict[str, Callable[[], Run]]
+    contenders: dict[str, Contender]
     per: float = 0.0
     unit: str = "tok"
 
 
 @dataclass
 class Result:
-    """What one contender took, in seconds a round."""
+    """What one contender took, a number a round: seconds, or bytes."""
 
     work: str
     title: str
     contender: str
     ours: bool
-    seconds: list[float] = field(default_factory=list)
+    target: float = 0.0
+    values: list[float] = field(default_factory=list)
     ratio: list[float] = field(default_factory=list)
     note: str = ""
     per: float = 0.0
     unit: str = ""
 
-    def row(self) -> str:
-        """A line of the Markdown table."""
-        if self.note:
-            return f"| {self.title} | {self.contender} | {self.note} | | |"
-        low, middle, high = min(self.seconds), statistics.median(self.seconds), max(self.seconds)
-        rate = f"{self.per / middle:,.0f} {self.unit}/s" if self.per else ""
-        ratio = (
-            "1"
-            if self.ours
-            else f"{statistics.median(self.ratio):.2f} ({min(self.ratio):.2f} to {max(self.ratio):.2f})"
+
+class Child:
+    """A contender in a process of its own: `python -m benchmarks.child GROUP WORK CONTENDER`."""
+
+    def __init__(self, group: str, work: str, contender: str, environment: dict[str, str]):
+        command = [sys.executable, "-m", "benchmarks.child", group, work, contender]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
         )
-        return (
-            f"| {self.title} | {self.contender} | {_time(middle)} ({_time(low)} to {_time(high)}) | {rate} | {ratio} |"
-        )
+        word, _, rest = self._line().partition(" ")
+        if word != "ready":
+            self.close()
+            raise Missing(rest or "it ended at once")
+
+    def run(self) -> float:
+        """One round."""
+        assert self.process.stdin is not None
+        print("go", file=self.process.stdin, flush=True)
+        word, _, rest = self._line().partition(" ")
+        if word != "took":
+            self.close()
+            raise Missing(rest or "it ended")
+        return float(rest)
+
+    def close(self) -> None:
+        """End it."""
+        self.process.kill()
+        self.process.wait()
+
+    def _line(self) -> str:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:  # libraries may say things as well
+            if line.startswith("@"):
+                return line[1:].strip()
+        return ""
 
 
-HEAD = "| work | who | median (least to most) | rate | time over ours |\n| --- | --- | --- | --- | --- |"
+@contextmanager
+def children(group: str, work: Work, environment: dict[str, str]) -> Iterator[dict[str, Callable[[], float] | Missing]]:
+    """What runs each contender, or why it cannot."""
+    found: dict[str, Callable[[], float] | Missing] = {}
+    alive: list[Child] = []
+    try:
+        for name in work.contenders:
+            try:
+                alive.append(Child(group, work.name, name, environment))
+                found[name] = alive[-1].run
+            except Missing as error:
+                found[name] = error
+        yield found
+    finally:
+        for child in alive:
+            child.close()
 
 
-def measure(work: Work, *, rounds: int, say: Callable[[str], None]) -> list[Result]:
+def measure(
+    work: Work,
+    runs: dict[str, Callable[[], float] | Missing],
+    *,
+    rounds: int,
+    say: Callable[[str], None],
+    pause: float = PAUSE,
+) -> list[Result]:
     """Run a work's contenders in turn; those that cannot run are noted."""
+    ours = next(iter(work.contenders))
     found = {
-        name: Result(work.name, work.title, name, name == work.ours, per=work.per, unit=work.unit)
-        for name in work.contenders
+        name: Result(work.name, work.title, name, name == ours, contender.target, per=work.per, unit=work.unit)
+        for name, contender in work.contenders.items()
     }
-    ready: dict[str, Run] = {}
-    for name, prepare in work.contenders.items():
-        try:
-            run = prepare()
-            run()  # once unmeasured: caches, lazy set-up
-            ready[name] = run
-        except (Missing, ImportError) as error:
-            found[name].note = f"not run: {error}"
-            say(f"{work.name}: {name} not run: {error}")
+    ready = {name: run for name, run in runs.items() if not isinstance(run, Missing)}
+    for name, run in runs.items():
+        if isinstance(run, Missing):
+            found[name].note = f"not run: {run}"
+            say(f"{work.name}: {name} not run: {run}")
     names = list(ready)
     for i in range(rounds):
         took: dict[str, float] = {}
         for name in names[i % len(names) :] + names[: i % len(names)]:
-            start = time.perf_counter()
-            ready[name]()
-            took[name] = time.perf_counter() - start
-        for name, seconds in took.items():
-            found[name].seconds.append(seconds)
-            if work.ours in took:
-                found[name].ratio.append(seconds / took[work.ours])
-        say(f"{work.name}: round {i + 1} of {rounds}: " + ", ".join(f"{n} {_time(s)}" for n, s in took.items()))
+            time.sleep(pause)
+            took[name] = ready[name]()
+        for name, value in took.items():
+            found[name].values.append(value)
+            if ours in took:
+                found[name].ratio.append(value / took[ours])
+        say(
+            f"{work.name}: round {i + 1} of {rounds}: "
+            + ", ".join(f"{n} {quantity(s, work.unit)}" for n, s in took.items())
+        )
     return list(found.values())
 
 
-def write(results: list[Result], about: dict[str, Any], folder: Path) -> Path:
-    """results.jsonl and table.md; returns the table's path."""
-    folder.mkdir(parents=True, exist_ok=True)
+def write(results: list[Result], about: dict[str, Any], path: Path) -> None:
+    """JSON lines: first what was measured with what, then a line for each contender."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps({"kind": "about", **about})] + [json.dumps({"kind": "result", **asdict(r)}) for r in results]
-    (folder / "results.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    facts = ", ".join(f"{key} {value}" for key, value in about.items())
-    table = "\n".join([HEAD, *(result.row() for result in results)])
-    path = folder / "table.md"
-    path.write_text(f"{facts}\n\n{table}\n", encoding="utf-8")
-    return path
+    whole = path.with_suffix(".part")
+    whole.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    whole.replace(path)
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+def read(path: Path) -> tuple[dict[str, Any], list[Result]]:
+    """What `write` wrote."""
+    about, *rest = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
+    for line in (about, *rest):
+        line.pop("kind")
+    return about, [Result(**line) for line in rest]
+
+
+def quantity(value: float, unit: str) -> str:
+    """Seconds, or bytes, for people."""
+    if unit == "bytes":
+        return f"{value / 1e6:.3g} MB"
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def middle(values: list[float]) -> tuple[float, float, float]:
+    """Median, least and most."""
+    return statistics.median(values), min(values), max(values)

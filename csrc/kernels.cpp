@@ -5,8 +5,8 @@
 #include "delta_rule.h"
 #include "linear_attention.h"
 #include "linear_recurrence.h"
-#include "mamba_layer.h"
 #include "matvec.h"
+#include "program.h"
 #include "selective_scan.h"
 #include "short_convolution.h"
 #include "wkv.h"
@@ -52,19 +52,24 @@ EXPORT i64 bestiary_pack_bytes(i64 format, i64 outputs, i64 inputs) {
 }
 EXPORT void bestiary_pack(const Matrix* m, const float* w, char* to, float* scales) { matvec::pack(*m, w, to, scales); }
 EXPORT void bestiary_unpack(const Matrix* m, i64 first, i64 count, float* w) { matvec::unpack(*m, first, count, w); }
+EXPORT i64 bestiary_rounds_inputs() { return matvec::pairs_at_once(); }
 EXPORT void bestiary_multiply(const Matrix* m, i64 rows, const float* x, i64 x_row, float* y, i64 y_row) {
   matvec::multiply(*m, rows, x, x_row, y, y_row);
 }
 
-EXPORT void bestiary_mamba_layer(const MambaLayer* l, i64 rows, const float* input, const float* history, const float* h,
-                                 float* output, float* new_history, float* new_h) {
-  mamba_layer::step(*l, rows, input, history, h, output, new_history, new_h);
-}
-
+EXPORT void bestiary_program(const Program* p, void* const* regions) { program::run(*p, regions); }
 EXPORT i64 bestiary_delta_steps(i64 keys, i64 values) { return delta::steps(keys, values); }
 EXPORT i64 bestiary_delta_panels(i64 values) { return delta::panels(values); }
 EXPORT void bestiary_delta_forward(const Delta* d) { delta::forward(*d); }
 EXPORT void bestiary_delta_backward(const Delta* d, const DeltaBack* r) { delta::backward(*d, *r); }
+
+// For tests: the functions of vec.h on n numbers, n a multiple of the lanes.
+EXPORT void bestiary_elementwise(i64 n, i64 which, const float* x, float* y) {
+  for (i64 i = 0; i < n; i += W) {
+    vf v = load(x + i);
+    store(y + i, which == 0 ? exp(v) : which == 1 ? sigmoid(v) : which == 2 ? softplus(v) : silu(v));
+  }
+}
 
 EXPORT i64 bestiary_linear_attention_starts(i64 batch, i64 time, i64 heads, i64 keys, i64 columns) {
   return batch * heads * linear::chunks(time) * linear::padded(keys, linear::ROWS) * linear::padded(columns, W);
@@ -73,12 +78,4 @@ EXPORT i64 bestiary_linear_attention_parts(i64 heads, i64 groups) { return linea
 EXPORT void bestiary_linear_attention_forward(const LinearAttention* s) { linear::forward(*s); }
 EXPORT void bestiary_linear_attention_backward(const LinearAttention* s, const LinearAttentionBack* r) {
   linear::backward(*s, *r);
-}
-
-// For tests: the functions of vec.h on n numbers, n a multiple of the lanes.
-EXPORT void bestiary_elementwise(i64 n, i64 which, const float* x, float* y) {
-  for (i64 i = 0; i < n; i += W) {
-    vf v = load(x + i);
-    store(y + i, which == 0 ? exp(v) : which == 1 ? sigmoid(v) : which == 2 ? softplus(v) : silu(v));
-  }
 }

@@ -1,9 +1,10 @@
-// y = W x + b for few rows of x: the product that decoding consists of, bound by reading W once.
+// y = W x + b: for few rows of x, bound by reading W once, the product that decoding consists of; for many rows in blocks
+// that stay in the first cache.
 //
 // W is packed once into panels of 16 outputs, input after input, so that a panel is read from front to end and 16 sums
 // run side by side, one for each output. x stays in fp32. Formats of W:
 //   0  fp32
-//   1  bf16, rounded to nearest even
+//   1  bf16, rounded to nearest even; two inputs of an output side by side
 //   2  int8, symmetric, a scale an output
 //   3  int4, symmetric, a scale for each 32 inputs of an output, in bf16; two inputs share a byte
 #pragma once
@@ -31,6 +32,8 @@ constexpr int P = 16;      // outputs of a panel
 constexpr int V = P / W;   // vectors of a panel
 constexpr int GROUP = 32;  // inputs that share a scale in format 3
 constexpr int ROWS = 8;    // rows of x at once
+constexpr i64 MANY = 16;   // rows from which on the product goes by blocks
+constexpr i64 BLOCK = 256; // inputs of a block: a panel's and 8 rows' fit into the first cache
 
 typedef std::uint8_t bytes_t __attribute__((vector_size(W)));
 typedef std::int8_t chars_t __attribute__((vector_size(W)));
@@ -43,7 +46,7 @@ inline i64 groups(i64 inputs) { return (inputs + GROUP - 1) / GROUP; }
 inline i64 panel_bytes(i64 format, i64 inputs) {
   switch (format) {
     case 0: return inputs * P * 4;
-    case 1: return inputs * P * 2;
+    case 1: return (inputs + 1) / 2 * P * 4;
     case 2: return inputs * P;
     default: return groups(inputs) * (GROUP * P / 2 + P * 2);
   }
@@ -105,7 +108,11 @@ inline vf nibbles(vi x) {
 template <int F>
 inline vf weights(const char* panel, i64 k, int v) {
   if constexpr (F == 0) return load(reinterpret_cast<const float*>(panel) + k * P + v * W);
-  if constexpr (F == 1) return bf16_lanes(panel + (k * P + v * W) * 2);
+  if constexpr (F == 1) {
+    vi both;
+    std::memcpy(&both, panel + (k / 2 * P + v * W) * 4, sizeof both);
+    return floats(k & 1 ? both & static_cast<std::int32_t>(0xFFFF0000) : both << 16);
+  }
   return __builtin_convertvector(signed_lanes(panel + k * P + v * W), vf);
 }
 
@@ -205,7 +212,125 @@ inline void interleave(const Matrix& m, i64 rows, const float* x, i64 x_row, flo
   }
 }
 
+// The first `count` inputs from `first` on of a panel in fp32, laid out as in format 0, without the scales of format 2.
+inline void widen(const Matrix& m, i64 panel, i64 first, i64 count, float* to) {
+  const char* data = static_cast<const char*>(m.data) + panel * panel_bytes(m.format, m.inputs);
+  for (int v = 0; v < V; v++) {
+    if (m.format == 1)
+      for (i64 k = 0; k < count; k++) store(to + k * P + v * W, weights<1>(data, first + k, v));
+    if (m.format == 2)
+      for (i64 k = 0; k < count; k++) store(to + k * P + v * W, weights<2>(data, first + k, v));
+    if (m.format == 3)
+      for (i64 k = 0; k < count; k += 2) {
+        const char* group = data + (first + k) / GROUP * (GROUP * P / 2 + P * 2);
+        vf scale = bf16_lanes(group + GROUP * P / 2 + v * W * 2);
+        vi whole = unsigned_lanes(group + (first + k) % GROUP / 2 * P + v * W);
+        store(to + k * P + v * W, nibbles(whole) * scale);
+        if (k + 1 < count) store(to + (k + 1) * P + v * W, nibbles(whole >> 4) * scale);
+      }
+  }
+}
+
+// sums (R rows, 16) += x (count, R) times a block of a panel.
+template <int R>
+inline void block_times(const float* panel, i64 count, const float* x, float* sums) {
+  vf sum[R][V];
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) sum[r][v] = load(sums + r * P + v * W);
+  for (i64 k = 0; k < count; k++)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      vf w = load(panel + k * P + v * W);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) sum[r][v] += w * x[k * R + r];
+    }
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) store(sums + r * P + v * W, sum[r][v]);
+}
+
+#if defined(__AVX512F__)
+#define BESTIARY_BF16 1
+// The same with both in bf16, pairs of inputs at a time, for processors that multiply these at once.
+template <int R>
+__attribute__((target("avx512bf16"))) inline void pairs_times(const char* panel, i64 pairs, const std::uint32_t* x, float* sums) {
+  __m512 sum[R];
+  for (int r = 0; r < R; r++) sum[r] = _mm512_loadu_ps(sums + r * P);
+  for (i64 k = 0; k < pairs; k++) {
+    const __m512bh w = reinterpret_cast<__m512bh>(_mm512_loadu_si512(panel + k * P * 4));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+      sum[r] = _mm512_dpbf16_ps(sum[r], w, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(x[k * R + r]))));
+  }
+  for (int r = 0; r < R; r++) _mm512_storeu_ps(sums + r * P, sum[r]);
+}
+inline bool pairs_at_once() {
+  static const bool able = __builtin_cpu_supports("avx512bf16");
+  return able;
+}
+#else
+#define BESTIARY_BF16 0
+inline bool pairs_at_once() { return false; }
+#endif
+
+// Rows 8 i ... of x, transposed: (inputs, rows of this piece), in fp32 or as pairs of bf16.
+inline i64 piece_rows(i64 rows, i64 first) { return rows - first < ROWS ? rows - first : ROWS; }
+
+inline void lay(const Matrix& m, i64 count, const float* x, i64 x_row, bool pairs, float* to) {
+  if (!pairs) {
+    for (i64 i = 0; i < count; i++)
+      for (i64 k = 0; k < m.inputs; k++) to[k * ROWS + i] = x[i * x_row + k];
+    return;
+  }
+  auto* words = reinterpret_cast<std::uint32_t*>(to);
+  for (i64 i = 0; i < count; i++)
+    for (i64 k = 0; k < m.inputs; k += 2) {
+      const std::uint32_t low = to_bf16(x[i * x_row + k]), high = k + 1 < m.inputs ? to_bf16(x[i * x_row + k + 1]) : 0;
+      words[k / 2 * ROWS + i] = low | high << 16;
+    }
+}
+
+// Many rows: for each panel and block of inputs, all rows, 8 at a time; what is beyond the last row is computed as zero.
+inline void multiply_many(const Matrix& m, i64 rows, const float* x, i64 x_row, float* y, i64 y_row) {
+  const i64 pieces = (rows + ROWS - 1) / ROWS, length = (m.inputs + 1) / 2 * 2 * ROWS, work = rows * m.outputs * m.inputs;
+  const bool pairs = m.format == 1 && pairs_at_once();
+  Buffer buffer(pieces * length);
+  float* given = buffer;
+  parallel(pieces, work, 0, [&](float*, i64 i) {
+    float* to = given + i * length;
+    if (piece_rows(rows, i * ROWS) < ROWS) std::memset(to, 0, length * 4);
+    lay(m, piece_rows(rows, i * ROWS), x + i * ROWS * x_row, x_row, pairs, to);
+  });
+  parallel(panels(m.outputs), work, BLOCK * P + pieces * ROWS * P, [&](float* own, i64 panel) {
+    float *block = own, *sums = own + BLOCK * P;
+    const char* data = static_cast<const char*>(m.data) + panel * panel_bytes(m.format, m.inputs);
+    std::memset(sums, 0, pieces * ROWS * P * 4);
+    for (i64 first = 0; first < m.inputs; first += BLOCK) {
+      const i64 count = m.inputs - first < BLOCK ? m.inputs - first : BLOCK;
+#if BESTIARY_BF16
+      if (pairs) {
+        for (i64 i = 0; i < pieces; i++)
+          pairs_times<ROWS>(data + first / 2 * P * 4, (count + 1) / 2,
+                            reinterpret_cast<const std::uint32_t*>(given + i * length) + first / 2 * ROWS, sums + i * ROWS * P);
+        continue;
+      }
+#endif
+      const float* wide = reinterpret_cast<const float*>(data) + first * P;
+      if (m.format) widen(m, panel, first, count, block), wide = block;
+      for (i64 i = 0; i < pieces; i++)
+        block_times<ROWS>(wide, count, given + i * length + first * ROWS, sums + i * ROWS * P);
+    }
+    for (int v = 0; v < V; v++) {
+      const i64 n = panel * P + v * W, rest = m.outputs - n;
+      if (rest <= 0) return;
+      const int lanes = static_cast<int>(rest < W ? rest : W);
+      vf scale = m.format == 2 ? load(m.scales + n) : all(1.0f), bias = m.bias ? load(m.bias + n, lanes) : vf{};
+      for (i64 r = 0; r < rows; r++) store(y + r * y_row + n, load(sums + r * P + v * W) * scale + bias, lanes);
+    }
+  });
+}
+
 void multiply(const Matrix& m, i64 rows, const float* x, i64 x_row, float* y, i64 y_row) {
+  if (rows >= MANY) return multiply_many(m, rows, x, x_row, y, y_row);
   const i64 length = groups(m.inputs) * GROUP;
   Buffer buffer(rows * length);
   float* given = buffer;
@@ -231,7 +356,8 @@ void pack(const Matrix& m, const float* w, char* to, float* scales) {
       if (m.format == 0)
         for (i64 k = 0; k < m.inputs; k++) reinterpret_cast<float*>(data)[k * P + j] = at(m, w, n, k);
       if (m.format == 1)
-        for (i64 k = 0; k < m.inputs; k++) reinterpret_cast<std::uint16_t*>(data)[k * P + j] = to_bf16(at(m, w, n, k));
+        for (i64 k = 0; k < (m.inputs + 1) / 2 * 2; k++)
+          reinterpret_cast<std::uint16_t*>(data)[(k / 2 * P + j) * 2 + (k & 1)] = to_bf16(at(m, w, n, k));
       if (m.format == 2) {
         float most = 0;
         for (i64 k = 0; k < m.inputs; k++) most = std::fmax(most, std::fabs(at(m, w, n, k)));
@@ -267,7 +393,7 @@ void unpack(const Matrix& m, i64 first, i64 count, float* w) {
     for (i64 k = 0; k < m.inputs; k++) {
       float value;
       if (m.format == 0) value = reinterpret_cast<const float*>(data)[k * P + j];
-      else if (m.format == 1) value = from_bf16(reinterpret_cast<const std::uint16_t*>(data)[k * P + j]);
+      else if (m.format == 1) value = from_bf16(reinterpret_cast<const std::uint16_t*>(data)[(k / 2 * P + j) * 2 + (k & 1)]);
       else if (m.format == 2) value = static_cast<float>(static_cast<signed char>(data[k * P + j])) * m.scales[n];
       else {
         const char* group = data + k / GROUP * (GROUP * P / 2 + P * 2);

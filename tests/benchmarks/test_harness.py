@@ -1,28 +1,56 @@
-"""Contenders take turns; ratios are taken within a round; who cannot run is noted."""
+"""Contenders take turns, each in a process of its own; ratios are taken within a round; who cannot run is noted."""
 
-import json
+from pathlib import Path
 
 import pytest
 
-from benchmarks.harness import Missing, Work, measure, write
+from benchmarks.harness import Contender, Missing, Work, children, measure, read, write
+from benchmarks.page import page
+from benchmarks.works import GROUPS
 
 
-def test_contenders_take_turns_in_an_order_that_turns_and_one_that_is_missing_is_noted(tmp_path) -> None:
+def walk(names: str) -> Work:
+    return Work("walk", "A walk", {name: Contender(lambda: lambda: None, 2.0) for name in names}, per=3)
+
+
+def test_contenders_take_turns_in_an_order_that_turns_and_one_that_is_missing_is_noted(tmp_path: Path) -> None:
     ran: list[str] = []
 
-    def contender(name: str):
-        return lambda: lambda: ran.append(name)
+    def contender(name: str, took: float):
+        return lambda: (ran.append(name), took)[1]
 
-    def missing():
-        raise Missing("there is none")
+    runs = {"a": contender("a", 0.5), "b": contender("b", 1.0), "c": Missing("there is none")}
+    results = measure(walk("abc"), runs, rounds=3, say=lambda line: None, pause=0)
+    found = {result.contender: result for result in results}
+    assert ran == [*"ab", *"ba", *"ab"]
+    assert [found[name].values for name in "abc"] == [[0.5] * 3, [1.0] * 3, []]
+    assert found["a"].ratio == [1, 1, 1] and found["b"].ratio == [2, 2, 2]
+    write(results, {"date": "today"}, tmp_path / "results.jsonl")
+    assert read(tmp_path / "results.jsonl") == ({"date": "today"}, results)
+    made = page(tmp_path / "results.jsonl", tmp_path / "results.jsonl")
+    assert "| b | 1 s (1 s to 1 s) | 3 tok/s | **2.00** (2.00 to 2.00) | 2.0 | **2.00** (2.00 to 2.00) |" in made
+    assert "| c | not run: there is none |" in made
 
-    work = Work("walk", "a walk", "a", {"a": contender("a"), "b": contender("b"), "c": missing}, per=3)
-    results = {result.contender: result for result in measure(work, rounds=3, say=lambda line: None)}
-    assert ran == ["a", "b", *"ab", *"ba", *"ab"]  # once unmeasured each, then three rounds
-    assert [len(results[name].seconds) for name in "abc"] == [3, 3, 0]
-    assert results["a"].ratio == [1, 1, 1]
-    assert results["b"].ratio == pytest.approx([b / a for a, b in zip(results["a"].seconds, results["b"].seconds)])
-    path = write(list(results.values()), {"date": "today"}, tmp_path)
-    assert "| a walk | c | not run: there is none |" in path.read_text()
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [line["kind"] for line in lines] == ["about", "result", "result", "result"]
+
+def test_a_contender_runs_in_a_process_of_its_own() -> None:
+    (work,) = GROUPS["memory"]()
+    work.contenders["nobody"] = Contender(lambda: lambda: None)
+    with children("memory", work, {"OMP_NUM_THREADS": "1"}) as runs:
+        assert isinstance(runs.pop("nobody"), Missing)
+        results = measure(work, runs, rounds=2, say=lambda line: None, pause=0)
+    mamba, attention = (result.values for result in results[:2])
+    assert mamba[0] == mamba[1] == 24 * 4 * 1536 * (16 + 3)
+    assert attention[0] == attention[1] == 12 * (2 * 32768 * 768 * 4 + 8)
+
+
+def test_every_work_says_who_is_ours_first_and_names_are_unique() -> None:
+    works = [work for group in GROUPS.values() for work in group()]
+    assert len({work.name for work in works}) == len(works)
+    for work in works:
+        first, *others = work.contenders.values()
+        assert not first.target and any(other.target for other in others)
+
+
+@pytest.mark.parametrize("group", list(GROUPS))
+def test_making_a_group_loads_nothing(group: str) -> None:
+    assert GROUPS[group]()

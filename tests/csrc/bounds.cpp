@@ -1,6 +1,7 @@
 // Every kernel over many shapes, on buffers of exactly the size that they need: built with the sanitizers, it stops at the
 // first access outside, and at undefined behaviour.
 #include <cstdio>
+#include <initializer_list>
 #include <random>
 #include <vector>
 
@@ -135,20 +136,6 @@ void matvec_products(i64 outputs, i64 inputs, i64 format, i64 rows) {
   bestiary_unpack(&p.m, outputs - 1, 1, pool.get(inputs));
 }
 
-void mamba_layer_step(i64 width, i64 channels, i64 states, i64 rank, i64 taps, i64 format, i64 rows) {
-  Pool pool;
-  Packed in(pool, 2 * channels, width, format, false), x(pool, rank + 2 * states, channels, format, false);
-  Packed dt(pool, channels, rank, 0, true), out(pool, width, channels, format, false);
-  MambaLayer l = {};
-  l.width = width, l.channels = channels, l.states = states, l.rank = rank, l.taps = taps, l.norm_eps = 1e-5f;
-  l.norm = pool.get(width), l.in = &in.m, l.x = &x.m, l.dt = &dt.m, l.out = &out.m;
-  l.conv = pool.get(taps * channels), l.conv_bias = pool.get(channels);
-  l.A = pool.get(states * channels, -3, -0.1f), l.D = pool.get(channels);
-  const i64 history = rows * (taps - 1) * channels, h = rows * states * channels;
-  bestiary_mamba_layer(&l, rows, pool.get(rows * width), pool.get(history), pool.get(h), pool.get(rows * width),
-                       pool.get(history), pool.get(h));
-}
-
 // kind: no gates, a head's, a channel's, the general form.
 void delta_rule(i64 batch, i64 time, i64 heads, i64 keys, i64 values, int kind) {
   Pool pool;
@@ -204,6 +191,124 @@ void linear_attention(i64 batch, i64 time, i64 groups, i64 shared, i64 keys, i64
   bestiary_linear_attention_backward(&s, &r);
 }
 
+// One instruction, its operands in memory of exactly their sizes.
+struct Single {
+  Pool pool;
+  std::vector<Operand> operands;
+  std::vector<void*> regions = {nullptr};
+  Instruction i = {};
+
+  Single(i64 op, std::initializer_list<i64> shape) {
+    i.op = op, i.shared = 1;
+    i64 n = 0;
+    for (i64 size : shape) i.shape[n++] = size;
+  }
+  // A contiguous operand of these axes.
+  float* operand(std::initializer_list<i64> axes, float low = -1, float high = 1) {
+    i64 count = 1;
+    Operand o = {-1, 0, {}};
+    for (i64 n = static_cast<i64>(axes.size()) - 1; n >= 0; n--) o.stride[n] = count, count *= axes.begin()[n];
+    float* p = pool.get(count, low, high);
+    o.at = reinterpret_cast<i64>(p);
+    operands.push_back(o);
+    return p;
+  }
+  void nothing() { operands.push_back({-1, 0, {}}); }
+  i64 region(void* p) {
+    regions.push_back(p);
+    return static_cast<i64>(regions.size()) - 1;
+  }
+  void run(i64 scratch) {
+    Program p = {1, 1, scratch, 2, &i, operands.data()};
+    bestiary_program(&p, regions.data());
+  }
+};
+
+i64 whole_groups(i64 n) { return (n + 31) / 32 * 32; }
+
+int instructions() {
+  int ran = 0;
+  for (i64 n : {1, 15, 16, 33, 150}) {
+    for (i64 which = 0; which < 23; which++, ran++) {
+      Single s(program::UNARY, {2, 1, 3, n});
+      s.i.number[0] = which, s.operand({2, 1, 3, n}), s.operand({2, 1, 3, n}, 0.1f, 2), s.run(0);
+    }
+    for (i64 which = 0; which < 6; which++, ran++) {
+      Single s(program::BINARY, {2, 1, 3, n});
+      s.i.number[0] = which, s.operand({2, 1, 3, n}), s.operand({2, 1, 3, n}), s.operand({2, 1, 3, n}, 1, 2), s.run(0);
+    }
+    for (i64 which = 0; which < 4; which++, ran++) {
+      Single s(program::REDUCE, {2, 1, 3, n});
+      s.i.number[0] = which, s.operand({2, 1, 3, 1}), s.operand({2, 1, 3, n});
+      s.operands[0].stride[3] = 0, s.run(0);
+    }
+    Single norm(program::LAYER_NORM, {1, 2, 3, n});
+    for (int k = 0; k < 4; k++) norm.operand({1, 2, 3, n});
+    norm.i.real[0] = 1e-5, norm.run(0);
+    for (i64 k : {1, 17})
+      for (bool turned : {false, true}) {
+        Single s(program::BATCHED, {3, 2, n, k});
+        s.operand({3, 2, n}), s.operand({3, 2, k}), s.operand({3, k, n});
+        if (turned) s.operands[2].stride[1] = 1, s.operands[2].stride[2] = k;
+        s.run(0), ran++;
+      }
+    for (i64 taps : {1, 2, 4})
+      for (i64 bias : {0, 1}) {
+        Single s(program::CONVOLUTION, {2, n});
+        s.operand({2, n}), s.operand({2, taps - 1, n}), s.operand({2, n}), s.operand({taps, n}), s.operand({2, taps - 1, n});
+        s.operand({n}), s.i.number[0] = taps, s.i.number[1] = s.i.number[2] = bias, s.run(0), ran++;
+      }
+    for (i64 states : {1, 16}) {
+      Single s(program::SCAN, {2, n, states});
+      s.operand({2, n}), s.operand({2, states, n}), s.operand({2, n}), s.operand({2, n}), s.operand({states, n}, -1, 0);
+      s.operand({2, states}), s.operand({2, states}), s.operand({2, states, n}), s.operand({n}), s.operand({n}), s.operand({2, n});
+      for (int k = 0; k < 4; k++) s.i.number[k] = 1;
+      s.run(0), ran++;
+    }
+    Single sums(program::WKV, {2, n});
+    for (int k = 0; k < 4; k++) sums.operand({2, n});
+    sums.operand({2, n}), sums.operand({2, n}), sums.operand({n}, -1, 0), sums.operand({n});
+    sums.operand({2, n}), sums.operand({2, n}, 0, 1), sums.operand({2, n}), sums.run(0), ran++;
+    for (i64 keys : {1, 19})
+      for (i64 kind = 0; kind < 6; kind++, ran++) {
+        const i64 decay = kind % 3, more = kind / 3;
+        Single s(program::LINEAR, {2, 4, keys, n});
+        s.operand({2, 4, n}), s.operand({2, 4, keys, n + more}), s.operand({2, 2, keys}), s.operand({2, 2, keys});
+        s.operand({2, 4, n}), s.operand({2, 4, decay == 2 ? keys : 1}, -1, 0), s.operand({4, keys}), s.operand({2, 4, keys, n + more});
+        s.i.number[0] = 2, s.i.number[1] = decay, s.i.number[2] = !more, s.i.number[3] = more, s.i.real[0] = s.i.real[1] = 1;
+        s.run(2 * whole_groups(keys));
+        Single d(program::DELTA, {2, 4, keys, n});
+        d.operand({2, 4, n}), d.operand({2, 4, keys, n}), d.operand({2, 4, keys}), d.operand({2, 4, keys}), d.operand({2, 4, n});
+        d.operand({2, 4, 1}), d.operand({2, 4, decay == 2 ? keys : 1}, -1, 0), d.operand({2, 4, keys}), d.operand({2, 4, keys});
+        d.operand({2, 4, keys, n}), d.i.number[0] = decay, d.i.number[1] = !more, d.i.number[2] = more, d.i.real[0] = 1;
+        d.run(2 * whole_groups(keys));
+      }
+    for (i64 keys : {1, 19})
+      for (i64 window : {0, 1, 2, 70})
+        for (i64 past : {0, 1, 69, 100}) {
+          const i64 slots = window ? window - 1 : past + 1;
+          i64 positions[2] = {past, past / 2}, next[2];
+          Single s(program::ATTEND, {2, 4, keys, n});
+          s.operand({2, 4, n}), s.operand({2, slots, 2, keys}), s.operand({2, slots, 2, n}), s.operand({2, 4, keys});
+          s.operand({2, 2, keys}), s.operand({2, 2, n});
+          if (window) s.operand({2, slots, 2, keys}), s.operand({2, slots, 2, n});
+          else s.operands.push_back(s.operands[1]), s.operands.push_back(s.operands[2]);
+          s.i.number[0] = 2, s.i.number[1] = window, s.i.number[2] = s.region(positions);
+          s.i.number[3] = s.region(reinterpret_cast<void*>(slots)), s.i.real[0] = 1;
+          s.run(64 + 2 * whole_groups(keys > n ? keys : n)), ran++;
+          Single more(program::ADVANCE, {2});
+          more.i.number[0] = more.region(positions), more.i.number[1] = more.region(next), more.run(0);
+        }
+    for (i64 rows : {1, 3, 9}) {
+      Pool pool;
+      Packed p(pool, 33, n, 3, true);
+      Single s(program::PRODUCT, {rows});
+      s.operand({rows, 33}), s.operand({rows, n}), s.i.matrix = &p.m, s.run(rows * whole_groups(n)), ran++;
+    }
+  }
+  return ran;
+}
+
 }  // namespace
 
 int main() {
@@ -221,11 +326,9 @@ int main() {
         for (float size : {1.0f, 100.0f})
           for (bool padded : {false, true}) wkv_sums(batch, time, channels, size, padded), ran++;
   for (i64 format = 0; format < 4; format++)
-    for (i64 rows : {1, 2, 3, 5, 8, 17}) {
+    for (i64 rows : {1, 2, 3, 5, 8, 17, 40}) {
       for (i64 outputs : {1, 15, 16, 17, 50})
-        for (i64 inputs : {1, 2, 31, 32, 33, 100}) matvec_products(outputs, inputs, format, rows), ran++;
-      for (i64 channels : {1, 16, 35})
-        for (i64 taps : {1, 2, 4}) mamba_layer_step(channels + 5, channels, 1 + taps, taps, taps, format, rows), ran++;
+        for (i64 inputs : {1, 2, 31, 32, 33, 100, 300}) matvec_products(outputs, inputs, format, rows), ran++;
     }
   for (i64 batch : {1, 3})
     for (i64 time : {0, 1, 2, 31, 32, 33, 70})
@@ -246,5 +349,6 @@ int main() {
           linear_attention(2, time, 1, 1, keys, values, kind % 3, kind / 3 & 1, kind / 6);
           linear_attention(1, time, 2, 5, keys, values, kind % 3, kind / 3 & 1, kind / 6);
         }
+  ran += instructions();
   std::printf("%d shapes ran\n", ran);
 }

@@ -9,7 +9,7 @@ from ops.native.kit import in_process, needed
 import bestiary
 from bestiary import LanguageModel, ModelConfig, UsageError
 from bestiary.models import packing
-from bestiary.ops.native.matvec import FORMATS, PackedMatrix
+from bestiary.ops.native.matvec import FORMATS, PackedMatrix, rounds_inputs
 
 pytestmark = needed
 CAUSAL = [name for name in bestiary.mixers.names() if bestiary.mixers.get(name).causal]
@@ -20,20 +20,19 @@ In int4 the largest becomes -8 steps; what lies opposite to it ends at 7, an eig
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 5), (16, 32), (50, 70), (33, 1000)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(1, 1), (3, 5), (16, 32), (50, 70), (33, 1001)])
 def test_products_are_those_of_the_rounded_matrix_for_few_rows_and_many(form: str, outputs: int, inputs: int) -> None:
     torch.manual_seed(0)
     weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
     matrix = PackedMatrix(weight, form, bias)
     rounded = matrix.rows(0, outputs)
-    for rows in (0, 1, 2, 3, 4, 7, 8, 13, 32, 33, 70):
+    for rows in (0, 1, 2, 3, 4, 7, 8, 13, 16, 17, 32, 70):
         x = torch.randn(rows, inputs)
         y = matrix.multiply(x)
-        given = x.bfloat16() if form == "bf16" and rows > 32 else x
+        given = x.bfloat16() if form == "bf16" and rows >= 16 and rounds_inputs() else x
         expected = given.double() @ rounded.double().T + bias.double()
-        limit = 1e-2 if given.dtype == torch.bfloat16 else 2**-22 * inputs**0.5  # bf16 products are rounded to bf16
         if rows:
-            assert (y - expected).abs().max() <= limit * max(1.0, expected.abs().max().item())
+            assert (y - expected).abs().max() <= 2**-22 * inputs**0.5 * max(1.0, expected.abs().max().item())
     assert torch.equal(matrix.rows(outputs - 1, 1), rounded[-1:])
 
 
@@ -81,7 +80,7 @@ def test_every_mixer_computes_the_same_packed(name: str) -> None:
 def test_rounded_models_are_the_models_of_the_rounded_weights(tied: bool) -> None:
     torch.manual_seed(0)
     model = LanguageModel(ModelConfig("mamba gla attention", 64, vocab_size=50, tie_embeddings=tied)).eval()
-    tokens = torch.randint(50, (1, 20))
+    tokens = torch.randint(50, (1, 12))  # of 16 on, bf16 products may round their inputs as well
     for form in FORMATS:
         fast = model.packed(form)
         rounded = LanguageModel(model.config).eval()
@@ -140,7 +139,7 @@ def test_a_state_of_other_rows_is_refused_without_run_time_annotations_too() -> 
         "try: fast.step(torch.zeros(3, dtype=torch.long), fast.initial_state(2))\n"
         "except UsageError as error: print(error)"
     )
-    assert in_process(code) == "a Mamba layer: history must be of shape (3, 3, 64), not (2, 3, 64)"
+    assert in_process(code) == "layer 0: a tensor of its state must be of shape (3, 3, 64), not (2, 3, 64)"
 
 
 def test_without_kernels_packing_says_what_is_missing() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bestiary import mixers
 from bestiary import state as states
+from bestiary.decoding import Decoder
 from bestiary.errors import UsageError
 from bestiary.mixers import Context
 from bestiary.mixers.parts import gpt_init
@@ -96,6 +97,7 @@ class LanguageModel(nn.Module):
         self.blocks = build_blocks(config.layers, functools.partial(Block, config=config))
         self.norm = make_norm(config)
         self.head = Head(config.d_model, config.vocab_size, config.logit_cap)
+        self.decoder: Decoder | None = None  # of a packed model: takes its steps
         self.measures: dict[str, list[Tensor]] = {}  # what parts told about themselves in the last call of `loss`
         for table in (self.embedding, self.head):
             if config.embedding_std is None:
@@ -168,6 +170,10 @@ class LanguageModel(nn.Module):
 
     def step(self, tokens: Int[Tensor, " batch"], state: ModelState) -> tuple[Float[Tensor, "batch vocab"], ModelState]:
         """One token of every row: logits of the next, and the state."""
+        if self.decoder is not None:
+            done = self.decoder.step(tokens, state)
+            if done is not None:
+                return done
         x, after = self.embed(tokens), []
         context = Context(embeddings=x[:, None])
         for block, layer in zip(self.blocks, state.layers):

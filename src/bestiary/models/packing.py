@@ -12,13 +12,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bestiary.decoding import Decoder
 from bestiary.errors import UsageError
-from bestiary.mixers import Context
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.mamba import Mamba, MambaState
 from bestiary.models.loss import Head, logit_nats
-from bestiary.ops.native.mamba_layer import MambaLayer, Parts
-from bestiary.ops.native.matvec import FEW_ROWS, PackedMatrix
+from bestiary.ops.native.matvec import PackedMatrix
 
 if TYPE_CHECKING:
     from bestiary.models.language_model import LanguageModel
@@ -41,45 +39,6 @@ class PackedLinear(Packed):
 
     def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         return self.matrix.multiply(x)
-
-
-class PackedMambaBlock(nn.Module):
-    """A layer that is Mamba alone: segments go through the block as it is, a step of few rows is one native call."""
-
-    def __init__(self, block: Any, eps: float):
-        super().__init__()
-        self.block, mixer = block, block.mixer
-        dt_proj = PackedMatrix(mixer.dt_proj.weight, "fp32", mixer.dt_proj.bias)
-        matrices = (mixer.in_proj.matrix, mixer.x_proj.matrix, dt_proj, mixer.out_proj.matrix)
-        with torch.no_grad():
-            rest = (block.norm.weight, mixer.conv.weight, mixer.conv.bias, -mixer.A_log.exp(), mixer.D)
-            self.layer = MambaLayer(Parts(*matrices, *rest), eps)
-
-    @property
-    def mixer(self) -> Any:
-        """The block's."""
-        return self.block.mixer
-
-    @staticmethod
-    def fits(block: Any) -> bool:
-        """Whether the native step is what this block computes."""
-        mixer = block.mixer
-        plain = type(mixer) is Mamba and mixer.discretisation == "euler" and not mixer.norms
-        return plain and block.channel is None and isinstance(block.norm, nn.RMSNorm)
-
-    def initial_state(self, batch_size: int, **place: Any) -> Any:
-        return self.block.initial_state(batch_size, **place)
-
-    def forward(self, *given: Any, **rows: Any) -> Any:
-        return self.block(*given, **rows)
-
-    def step(self, x: Tensor, state: Any, context: Context) -> tuple[Tensor, Any]:
-        """One step of every row through the layer."""
-        mixed = state.mixer
-        if len(x) > FEW_ROWS or context.intervals is not None or mixed.h.dtype != torch.float32:
-            return self.block.step(x, state, context)
-        y, history, h = self.layer.step(x, mixed.history, mixed.h)
-        return y, state._replace(mixer=MambaState(history, h))
 
 
 class PackedHead(PackedLinear):
@@ -164,10 +123,9 @@ class _Packing:
         result = self.convert(self.model).eval()
         if config.tie_embeddings:
             result.embedding = PackedEmbedding(result.head.matrix)
-        eps = config.norm_eps
-        blocks = (PackedMambaBlock(block, eps) if PackedMambaBlock.fits(block) else block for block in result.blocks)
-        result.blocks = nn.ModuleList(blocks)
-        return result.requires_grad_(False)
+        result.requires_grad_(False)
+        result.decoder = Decoder(result)
+        return result
 
     def convert(self, module: Any) -> Any:
         """A copy of a module whose linear maps are packed and whose other parameters are in fp32."""

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from bestiary import state as states
 from bestiary.errors import UsageError
 from bestiary.ops import dispatch
+from bestiary.ops.native import traced
 from bestiary.ops.short_convolution import last_inputs
 
 QUERY_BLOCK = 128
@@ -59,6 +60,9 @@ def attention(
     if state is None:
         state = empty_cache(batch, groups, k.shape[3], v.shape[3], window=window, dtype=k.dtype, device=k.device)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if traced.active():
+        o, *after = torch.ops.bestiary.attend(q, k, v, *state, window or 0, scale)
+        return o, KVCache(*after)
     step = torch.arange(time, device=q.device)
     place = state.position[:, None] + step
     if not state.keys.shape[1] or not state.position.any():  # the segment is all there is to see

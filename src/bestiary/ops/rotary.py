@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bestiary.errors import UsageError
 from bestiary.ops import dispatch
+from bestiary.ops.native import traced
 
 
 def rotate(
@@ -31,6 +32,8 @@ def rotate(
     dims = x.shape[-1] if dims is None else dims
     if dims % 2 or not 0 <= dims <= x.shape[-1]:
         raise UsageError(f"dims must be even and at most the head dimension {x.shape[-1]}, not {dims}")
+    if traced.active():
+        return torch.ops.bestiary.turn(x, position, base, dims, stretch)
     exact = _exact(x)
     speed = base ** -(torch.arange(0, dims, 2, dtype=exact, device=x.device) / max(dims, 1))
     angle = position[..., None, None].to(exact) / stretch * speed
@@ -42,7 +45,8 @@ def rotate(
 
 def positions(start: Int[Tensor, " batch"], time: int) -> Int[Tensor, "batch time"]:
     """The positions of the next `time` steps of rows that have seen `start` steps each."""
-    return start[:, None] + torch.arange(time, device=start.device)
+    first = start[:, None]
+    return first if time == 1 else first + torch.arange(time, device=start.device)
 
 
 def sum_angles(

@@ -69,17 +69,13 @@ def _filled(parts: tuple[Tensor | None, ...], scale: float) -> tuple[_Delta, lis
     """The arguments as the kernel wants them, and the tensors that must stay alive while it runs."""
     q, k, v, beta, g, a, b = parts
     assert q is not None and v is not None
-    by_key, by_step = tuple(q.shape), tuple(q.shape[:3])
-    named = (
-        ("k", k, by_key),
-        ("v", v, (*by_step, v.shape[-1])),
-        ("beta", beta, by_step),
-        ("a", a, by_key),
-        ("b", b, by_key),
+    keys, values = tuple(q.shape), (*q.shape[:3], v.shape[-1])
+    check_shapes(
+        "delta_rule", ("k", k, keys), ("v", v, values), ("beta", beta, keys[:3]), ("a", a, keys), ("b", b, keys)
     )
-    check_shapes("delta_rule", *named, ("log_decay", g, by_key if g is not None and g.ndim == 4 else by_step))
+    check_shapes("delta_rule", ("log_decay", g, keys if g is not None and g.ndim == 4 else keys[:3]))
     alive = [x if x is None or x.ndim < 4 else rows(x) for x in parts]
-    delta = _Delta(*by_key, v.shape[3], 0 if g is None else g.ndim - 2, scale)
+    delta = _Delta(*q.shape, v.shape[3], 0 if g is None else g.ndim - 2, scale)
     for name, tensor in zip(_INPUTS, alive):
         if tensor is not None:
             setattr(delta, name, pointer(tensor))
@@ -109,9 +105,9 @@ def _starts(library: ctypes.CDLL, q: Tensor, v: Tensor) -> tuple[Any, ...]:
 def _forward(q, k, v, beta, g, a, b, before, scale, save):
     library, before = _library(), before.contiguous()
     delta, alive = _filled((q, k, v, beta, g, a, b), scale)
-    check_shapes("delta_rule", ("state", before, (len(q), *q.shape[2:], v.shape[3])))
+    check_shapes("delta_rule", ("state", before, (q.shape[0], q.shape[2], q.shape[3], v.shape[3])))
     o, after = buffer(*v.shape), buffer(*before.shape)
-    starts = buffer(*_starts(library, q, v) if save else (0,))
+    starts = buffer(*(_starts(library, q, v) if save else (0,)))
     delta.before, delta.o, delta.after = pointer(before), pointer(o), pointer(after)
     delta.starts = pointer(starts) if save else None
     library.bestiary_delta_forward(ctypes.byref(delta))

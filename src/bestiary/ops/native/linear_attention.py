@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestiary.errors import UsageError
 from bestiary.ops.native.library import buffer, check_shapes, load, only_once, pointer, rows
 
 _INTEGERS = ("batch", "time", "heads", "groups", "keys", "values", "decay", "ones")
@@ -62,23 +61,15 @@ def _filled(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, bonus: Tensor | None, scale: float, ones: bool
 ) -> tuple[_Attention, list[Any]]:
     """The arguments as the kernel wants them, and the tensors that must stay alive while it runs."""
-    by_key, by_value = tuple(q.shape), (*q.shape[:2], *v.shape[2:])
-    per_step = (*by_value[:3], by_key[3]) if g is not None and g.ndim == 4 else by_value[:3]
-    named = (
-        ("k", k, by_key),
-        ("v", v, by_value),
-        ("log_decay", g, per_step),
-        ("bonus", bonus, (v.shape[2], by_key[3])),
-    )
-    check_shapes("linear_attention", *named)
-    if q.shape[2] == 0 or v.shape[2] % q.shape[2]:
-        raise UsageError(f"linear_attention: {v.shape[2]} heads do not share {q.shape[2]} keys in equal groups")
+    batch, time, heads, values = v.shape
+    keys, whole = (batch, time, q.shape[2], q.shape[3]), (batch, time, heads, q.shape[3])
+    check_shapes("linear_attention", ("q", q, keys), ("k", k, keys), ("bonus", bonus, (heads, q.shape[3])))
+    check_shapes("linear_attention", ("log_decay", g, whole if g is not None and g.ndim == 4 else whole[:3]))
     q, k, v = rows(q), rows(k), rows(v)
     decay = 0 if g is None else g.ndim - 2
     g = rows(g) if g is not None and decay == 2 else g
     bonus = None if bonus is None else bonus.contiguous()
-    batch, time, heads, values = by_value
-    call = _Attention(batch, time, heads, *by_key[2:], values, decay, ones)
+    call = _Attention(batch, time, heads, q.shape[2], q.shape[3], values, decay, ones)
     for name, tensor in zip(_STRIDED, (q, k, v, g)):
         if tensor is not None:
             setattr(call, name, pointer(tensor))
@@ -107,9 +98,9 @@ def _saved(library: ctypes.CDLL, v: Tensor, before: Tensor, save: bool) -> int:
 def _forward(q, k, v, g, bonus, before, scale, normalise, eps, save):
     library, before = _library(), before.contiguous()
     call, alive = _filled(q, k, v, g, bonus, scale, normalise)
-    check_shapes("linear_attention", ("state", before, (len(v), v.shape[2], q.shape[3], v.shape[3] + normalise)))
+    check_shapes("linear_attention", ("state", before, (v.shape[0], v.shape[2], q.shape[3], v.shape[3] + normalise)))
     o, after = buffer(*v.shape), buffer(*before.shape)
-    starts, norms = buffer(_saved(library, v, before, save)), buffer(*v.shape[:3] if normalise else (0,))
+    starts, norms = buffer(_saved(library, v, before, save)), buffer(*(v.shape[:3] if normalise else (0,)))
     call.before, call.o, call.after, call.norms = (pointer(x) for x in (before, o, after, norms))
     call.starts, call.eps = pointer(starts) if save else None, eps
     library.bestiary_linear_attention_forward(ctypes.byref(call))
@@ -124,10 +115,10 @@ def _backward(dy, dafter, q, k, v, g, bonus, starts, norms, o, scale):
     call.starts, call.norms = pointer(starts), pointer(norms)
     parts = library.bestiary_linear_attention_parts(call.heads, call.groups)
     dq, dk = (buffer(parts, *q.shape) for _ in range(2))
-    dv, dg = buffer(*v.shape), buffer(*(0,) if g is None else g.shape)
-    dbonus, dbefore = buffer(*(0,) if bonus is None else (call.batch, *bonus.shape)), buffer(*dafter.shape)
+    dv, dg = buffer(*v.shape), buffer(*((0,) if g is None else g.shape))
+    dbonus, dbefore = buffer(*((0,) if bonus is None else (call.batch, *bonus.shape))), buffer(*dafter.shape)
     outputs = [pointer(x) for x in (dq, dk, dv, dg, dbonus, dbefore)]
-    back = _AttentionBack(pointer(dy), pointer(o), pointer(dafter), *dy.stride()[:3], *outputs)
+    back = _AttentionBack(pointer(dy), pointer(o), dafter.data_ptr(), *dy.stride()[:3], *outputs)
     library.bestiary_linear_attention_backward(ctypes.byref(call), ctypes.byref(back))
     del alive
     dq, dk = (x.squeeze(0) if parts == 1 else x.sum(0) for x in (dq, dk))

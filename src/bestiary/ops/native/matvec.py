@@ -7,15 +7,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bestiary.errors import UsageError, unknown
+from bestiary.ops.native import traced
 from bestiary.ops.native.library import buffer, check_shapes, load, pointer
 
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 """int8: symmetric, a scale an output; int4: symmetric, a scale in bf16 for each 32 inputs of an output."""
 PANEL = 16
 FEW_ROWS = 32
-"""So many rows at most go through the kernel; more are a product of dense matrices."""
-PIECE = 1 << 22
-"""Numbers that are unpacked at a time for such a product."""
+"""So many rows at most a step of decoding has in one program."""
 
 
 class _Matrix(ctypes.Structure):
@@ -30,12 +29,17 @@ def _library() -> ctypes.CDLL:
         raise UsageError(f"packed weights need the compiled kernels: {why}")
     if library.bestiary_multiply.argtypes is None:
         size, address = ctypes.c_int64, ctypes.c_void_p
-        library.bestiary_pack_bytes.restype = size
+        library.bestiary_pack_bytes.restype = library.bestiary_rounds_inputs.restype = size
         library.bestiary_pack_bytes.argtypes = [size] * 3
         library.bestiary_pack.argtypes = [address] * 4
         library.bestiary_unpack.argtypes = [address, size, size, address]
         library.bestiary_multiply.argtypes = [address, size, address, size, address, size]
     return library
+
+
+def rounds_inputs() -> bool:
+    """Whether this processor multiplies many rows with a matrix in bf16 by rounding them to bf16 too."""
+    return bool(_library().bestiary_rounds_inputs())
 
 
 class PackedMatrix:
@@ -79,23 +83,13 @@ class PackedMatrix:
         return weight
 
     def multiply(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
-        """x W^T + b, x and sums in fp32; for the bf16 format and many rows, x is rounded too."""
+        """x W^T + b, x and sums in fp32; for bf16 and 16 rows or more, x may be rounded too (`rounds_inputs`)."""
+        if traced.active():
+            return traced.product(x, self)
         flat = x.reshape(-1, self.shape[1]).to(torch.float32)
         flat = flat if flat.stride(-1) == 1 else flat.contiguous()
-        if len(flat) <= FEW_ROWS:
-            y = buffer(len(flat), self.shape[0])
-            self.library.bestiary_multiply(
-                self._address, len(flat), flat.data_ptr(), flat.stride(0), y.data_ptr(), self.shape[0]
-            )
-        else:
-            y = self._dense(flat)
+        y = buffer(len(flat), self.shape[0])
+        self.library.bestiary_multiply(
+            self._address, len(flat), flat.data_ptr(), flat.stride(0), y.data_ptr(), self.shape[0]
+        )
         return y.reshape(*x.shape[:-1], self.shape[0])
-
-    def _dense(self, x: Tensor) -> Tensor:
-        """The same for many rows, some outputs at a time."""
-        y, step = buffer(len(x), self.shape[0]), max(PANEL, PIECE // self.shape[1] // PANEL * PANEL)
-        x = x.to(torch.bfloat16) if self.form == "bf16" else x
-        for first in range(0, self.shape[0], step):
-            count = min(step, self.shape[0] - first)
-            y[:, first : first + count] = x @ self.rows(first, count).to(x.dtype).t()
-        return y if self.bias is None else y.add_(self.bias)

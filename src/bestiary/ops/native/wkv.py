@@ -54,10 +54,10 @@ def wkv(
 
 def _filled(k: Tensor, v: Tensor, w: Tensor, u: Tensor, lengths: Tensor | None) -> tuple[_Wkv, list[Any]]:
     """The arguments as the kernel wants them, and the tensors that must stay alive while it runs."""
-    batch, time, channels = k.shape
-    check_shapes("wkv", ("v", v, (batch, time, channels)), ("w", w, (channels,)), ("u", u, (channels,)))
+    named = (("v", v, tuple(k.shape)), ("w", w, (k.shape[2],)), ("u", u, (k.shape[2],)))
+    check_shapes("wkv", *named)
     k, v, w, u = rows(k), rows(v), w.contiguous(), u.contiguous()
-    lengths = row_ends("wkv", lengths, batch, time)
+    lengths = row_ends("wkv", lengths, *k.shape[:2])
     given = _Wkv(*k.shape, *(pointer(x) for x in (k, v, w, u)))
     given.k_batch, given.k_time, given.v_batch, given.v_time = k.stride(0), k.stride(1), v.stride(0), v.stride(1)
     given.lengths = pointer(lengths)
@@ -65,7 +65,7 @@ def _filled(k: Tensor, v: Tensor, w: Tensor, u: Tensor, lengths: Tensor | None) 
 
 
 def _starts(k: Tensor, save: bool) -> tuple[Any, ...]:
-    """The shape of the states before each chunk, of numbers or symbols: none where they are not to be saved."""
+    """Shape of the states before each chunk; of none where they are not to be saved."""
     batch, time, channels = k.shape
     steps = kernel("bestiary_wkv_chunk")()
     return (batch, (time + steps - 1) // steps, 3, channels) if save else (0,)
@@ -74,12 +74,12 @@ def _starts(k: Tensor, save: bool) -> tuple[Any, ...]:
 @torch.library.impl("bestiary::wkv", "CPU")
 def _forward(k, v, w, u, num, den, max, lengths, save):
     given, alive = _filled(k, v, w, u, lengths)
-    sums = tuple(k.shape[::2])
-    check_shapes("wkv", ("num", num, sums), ("den", den, sums), ("max", max, sums))
+    edge = (k.shape[0], k.shape[2])
+    check_shapes("wkv", *((name, x, edge) for name, x in (("num", num), ("den", den), ("max", max))))
     before = [x.contiguous() for x in (num, den, max)]
     given.num, given.den, given.max = (pointer(x) for x in before)
     y, starts = buffer(*k.shape), buffer(*_starts(k, save))
-    after = [buffer(*num.shape) for _ in range(3)]
+    after = [buffer(*edge) for _ in range(3)]
     given.y, (given.new_num, given.new_den, given.new_max) = pointer(y), (pointer(x) for x in after)
     given.starts = pointer(starts) if save else None
     kernel("bestiary_wkv_forward")(ctypes.byref(given))

@@ -1,0 +1,113 @@
+"""One native call a token: a model's step, traced once and made into a program for the compiled interpreter.
+
+The step that is traced is the model's own, so there is no second definition of any mixer. Layers that cannot be traced
+or lowered run as they are between the programs. Before a program is used, it has computed what its layers compute on a
+random step.
+"""
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from bestiary import state as states
+from bestiary.decoding.lowering import OtherNumbers, Unsupported
+from bestiary.decoding.piece import Layer, Piece
+from bestiary.errors import UsageError
+from bestiary.mixers import Context
+from bestiary.ops.native.matvec import FEW_ROWS
+
+if TYPE_CHECKING:
+    from bestiary.models.language_model import LanguageModel
+
+SAMPLES = 3
+"""Steps before the one that is traced, so that its state is one that occurs."""
+
+
+class Decoder:
+    """Takes steps of a model that packs its weights, by programs made for each number of rows.
+
+    Args:
+        model: in fp32 on the CPU, not to be changed afterwards.
+    """
+
+    def __init__(self, model: "LanguageModel"):
+        self.model, self.plans = model, dict[int, _Plan]()
+        self.lock = threading.Lock()  # programs have a workspace of their own
+
+    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any] | None:
+        """What `model.step` returns; None where the model is to do it itself: many rows, another dtype, gradients.
+
+        There is no gradient with respect to a packed model's parameters, nor is there one through its programs.
+        """
+        rows = len(tokens)
+        if not 1 <= rows <= FEW_ROWS:
+            return None
+        if len(state.layers) != len(self.model.blocks):
+            raise UsageError(f"the state has {len(state.layers)} layers, the model {len(self.model.blocks)}")
+        with self.lock, torch.no_grad():
+            try:
+                return self._plan(rows).step(tokens, state)
+            except OtherNumbers:
+                return None
+
+    def report(self, rows: int = 1) -> list[str | None]:
+        """For each layer, and the head, why it runs as it is; None where it is part of a program."""
+        with self.lock, torch.no_grad():
+            return self._plan(rows).why_not
+
+    def _plan(self, rows: int) -> "_Plan":
+        if rows not in self.plans:
+            self.plans[rows] = _Plan(self.model, rows)
+        return self.plans[rows]
+
+
+class _Plan:
+    """A model's step for a number of rows: programs, and layers that run as they are."""
+
+    def __init__(self, model: "LanguageModel", rows: int):
+        self.model, self.why_not = model, list[str | None]()
+        self.stretches: list[Piece | Layer] = []
+        tokens = torch.randint(
+            model.config.vocab_size, (rows, SAMPLES + 1), generator=torch.Generator().manual_seed(rows)
+        )
+        _, sample = model.hidden(tokens[:, :SAMPLES])
+        x = embedded = model.embed(tokens[:, -1])
+        layers = [
+            Layer(block.step, layer, i)  # type: ignore[arg-type]
+            for i, (block, layer) in enumerate(zip(model.blocks, sample.layers))
+        ]
+        layers.append(Layer(lambda x, state, context: (model.head(model.norm(x)), state), states.Empty(), len(layers)))
+        context, piece = Context(embeddings=embedded[:, None]), Piece(rows)
+        for layer in layers:
+            values = context.v_first
+            y, layer.after = layer.step(x, states.fork(layer.sample), context)
+            try:
+                piece.add(layer, x, embedded, values, context.v_first)
+                self.why_not.append(None)
+            except Unsupported as error:
+                self.why_not.append(str(error))
+                self._close(piece)
+                self.stretches.append(layer)
+                piece = Piece(rows)
+            x = y
+        self._close(piece)
+
+    def _close(self, piece: Piece) -> None:
+        if piece.layers:
+            piece.close()
+            self.stretches.append(piece)
+
+    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        x = embedded = self.model.embed(tokens)
+        context, after = Context(embeddings=embedded[:, None]), list[Any]()
+        before = (*state.layers, states.Empty())
+        for stretch in self.stretches:
+            if isinstance(stretch, Layer):
+                x, layer = stretch.step(x, before[stretch.index], context)
+                after.append(layer)
+            else:
+                x, layers = stretch.run(x, before[stretch.first : stretch.first + len(stretch.layers)], context)
+                after.extend(layers)
+        return x, type(state)(tuple(after[:-1]))

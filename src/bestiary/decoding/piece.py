@@ -1,0 +1,191 @@
+"""Some layers as one program, and how a model's state is handed to it and comes back."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from bestiary import state as states
+from bestiary.decoding.lowering import Leaf, Lowering, Memory, Record, Unsupported, storage
+from bestiary.decoding.program import UNARY, WORKSPACE, Instruction, Op, Place, Program
+from bestiary.mixers import Context
+from bestiary.ops.native import traced
+from bestiary.ops.native.library import buffer
+
+TOLERANCE = 1e-4
+"""Largest difference between layers and their program, as a share of the largest number."""
+
+
+class Layer:
+    """A part of a model that takes steps: its step, a state that occurs, and its place among the others."""
+
+    def __init__(self, step: Callable[[Tensor, Any, Context], tuple[Tensor, Any]], sample: Any, index: int):
+        self.step, self.sample, self.index = step, sample, index
+        self.after: Any = None  # the sample's next state
+        self.leaves: list[Leaf] = []
+
+    def call(self, x: Tensor, embedded: Tensor, values: Tensor | None, leaves: Sequence[Tensor]) -> Any:
+        """The step as a function of tensors alone: (result, first values, new leaves)."""
+        context = Context(embeddings=embedded[:, None], v_first=values)
+        y, after = self.step(x, rebuilt(self.sample, iter(leaves)), context)
+        return y, context.v_first, states.tensors(after)
+
+
+class Piece:
+    """A program over layers in a row: `add` them, `close` it, and `run` it on their states."""
+
+    def __init__(self, rows: int):
+        self.rows, self.memory, self.instructions = rows, Memory(), list[Instruction]()
+        self.layers, self.streams = list[Layer](), list[int]()
+        self.input, self.embedded, self.output, self.values = (self.memory.region() for _ in range(4))
+        self.said: tuple[int, tuple[int, ...]] | None = None  # where a layer put RWKV-7's first values, and their shape
+        self.hears = False
+        self.samples: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self.program: Program | None = None
+
+    @property
+    def first(self) -> int:
+        """Of the model's layers."""
+        return self.layers[0].index
+
+    def add(self, layer: Layer, x: Tensor, embedded: Tensor, before: Tensor | None, after: Tensor | None) -> None:
+        """Lower a layer behind what is there; Unsupported leaves everything as it was.
+
+        Args:
+            x: a sample of what it reads.
+            before, after: the first values of RWKV-7 that the context holds before and after it.
+        """
+        kept = (self.memory.regions, self.memory.used)
+        try:
+            self._add(layer, x, embedded, before, after)
+        except Unsupported:
+            self.memory.regions, self.memory.used = kept
+            raise
+        except Exception as error:  # torch's tracer raises many kinds; the layer then runs as it is
+            self.memory.regions, self.memory.used = kept
+            raise Unsupported(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
+
+    def _add(self, layer: Layer, x: Tensor, embedded: Tensor, before: Tensor | None, after: Tensor | None) -> None:
+        told = [] if before is None else [before]
+        old = [leaf.clone(memory_format=torch.contiguous_format) for leaf in states.tensors(layer.sample)]
+        inputs = [x.clone(), embedded.clone(), *(t.clone() for t in told), *old]
+
+        def flat(*given: Tensor) -> list[Tensor]:
+            own = given[len(given) - len(old) :]
+            y, values, leaves = layer.call(given[0], given[1], given[2] if told else None, own)
+            return [y, *([] if values is None else [values]), *leaves]
+
+        with traced.tracing():
+            graph = make_fx(flat, tracing_mode="real")(*inputs)
+            graph.graph.eliminate_dead_code()
+            record = Record(graph)
+            y, *rest = record.run(*inputs)
+        new = rest[len(rest) - len(old) :]
+        low, leaves = Lowering(self.memory), [Leaf(leaf, self.memory) for leaf in old]
+        if not self.streams:
+            self.streams = [self.memory.room(x.numel()) for _ in range(2)]
+        given, result = self.streams if len(self.layers) % 2 else self.streams[::-1]
+        to = (self.output, 0) if y.shape != x.shape else (WORKSPACE, result)  # the head's result is the last one
+        said = (self.memory.room(after.numel()), tuple(after.shape)) if before is None and after is not None else None
+        persistent = self.memory.used
+        low.put(inputs[0], *((WORKSPACE, given) if self.layers else (self.input, 0)))
+        low.put(inputs[1], self.embedded, 0)
+        for tensor in inputs[2 : 2 + len(told)]:
+            low.put(tensor, *((self.values, 0) if self.said is None else (WORKSPACE, self.said[0])))
+        for tensor, made, leaf in zip(old, new, leaves):
+            low.put(tensor, leaf.old, 0, leaf.old)
+            low.leaves[storage(tensor)], low.targets[storage(made)] = leaf, leaf
+        low.destine(y, *to)
+        low.lower(graph, record.values)
+        low.arrive(y, *to, -1)
+        if said is not None:
+            low.arrive(rest[0], WORKSPACE, said[0], -2)
+        moved = set[int]()
+        for made, leaf in zip(new, leaves):
+            if not leaf.written:
+                if storage(made) in moved:
+                    raise Unsupported("state that moves from one tensor to another")
+                low.arrive(made, leaf.new, 0, leaf.old)
+                moved |= {key for key, other in low.leaves.items() if other is leaf} - {storage(made)}
+        low.instructions[0].first = True
+        # all is well: only now does anything change
+        self.memory.used = persistent
+        self.memory.alive.append((low.alive, record.values))
+        self.hears, self.said = self.hears or (bool(told) and self.said is None), said or self.said
+        self.samples = self.samples or (x, embedded, before)
+        self.sizes, self.result = (y.numel(), tuple(y.shape)), (y, to)
+        layer.leaves = leaves
+        self.instructions += low.instructions
+        self.layers.append(layer)
+
+    def close(self) -> None:
+        """Make the program, and see that it computes what the layers compute on the sample."""
+        y, (region, at) = self.result
+        if region == WORKSPACE:
+            places = [Place(self.output, 0, (0, 0, 0, 1)), Place(WORKSPACE, at, (0, 0, 0, 1))]
+            number = (UNARY.index("copy"),)
+            self.instructions.append(Instruction(Op.UNARY, (1, 1, 1, y.numel()), places, number=number, first=True))
+        self.shape, memory = tuple(y.shape), self.memory
+        self.program = Program(
+            self.rows,
+            self.instructions,
+            workspace=memory.most,
+            scratch=memory.scratch,
+            regions=memory.regions,
+            work=memory.work,
+            alive=memory.alive,
+        )
+        assert self.samples is not None
+        x, embedded, values = self.samples
+        context = Context(embeddings=embedded[:, None], v_first=values)
+        found, after = self.run(x, [layer.sample for layer in self.layers], context)
+        for name, ours, theirs in (("result", found, y), *(
+            (f"state of layer {layer.index}", a, b)
+            for layer, new in zip(self.layers, after)
+            for a, b in zip(states.tensors(new), states.tensors(layer.after))
+        )):  # fmt: skip
+            size = theirs.abs().max().item() if theirs.numel() else 0.0
+            same = ours.shape == theirs.shape and (ours - theirs).abs().le(TOLERANCE * size + 1e-30).all().item()
+            if not same:
+                raise RuntimeError(f"a program computes another {name} than its layers")
+
+    def run(self, x: Tensor, before: Sequence[Any], context: Context) -> tuple[Tensor, list[Any]]:
+        """One step: (result, each layer's new state)."""
+        assert self.program is not None
+        regions, write, alive = self.program.regions, states.may_write(), list[Tensor]()
+        y, x, after = buffer(*self.shape), x.contiguous(), list[Any]()
+        regions[self.input], regions[self.output] = x.data_ptr(), y.data_ptr()
+        if context.embeddings is not None:
+            alive.append(context.embeddings.contiguous())
+            regions[self.embedded] = alive[-1].data_ptr()
+        if self.hears and context.v_first is not None:
+            alive.append(context.v_first.contiguous())
+            regions[self.values] = alive[-1].data_ptr()
+        for layer, state in zip(self.layers, before):
+            if not layer.leaves:
+                after.append(state)
+                continue
+            tensors = states.tensors(state)
+            made = list[Tensor]()
+            places = dict(zip(map(id, layer.leaves), tensors))
+            for leaf, tensor in zip(layer.leaves, tensors, strict=True):
+                old, new, result = leaf.ready(tensor, layer.index, write, places)
+                regions[leaf.old], regions[leaf.new] = old.data_ptr(), new.data_ptr()
+                if leaf.slots >= 0:
+                    regions[leaf.slots] = new.shape[1]
+                alive += (old, new)
+                made.append(result)
+            after.append(rebuilt(state, iter(made)))
+        self.program.run()
+        if self.said is not None:
+            at, shape = self.said
+            context.v_first = self.program.workspace[at : at + math.prod(shape)].reshape(shape).clone()
+        return y, after
+
+
+def rebuilt(state: Any, leaves: Iterator[Tensor]) -> Any:
+    """A state of the same structure with other tensors."""
+    return states.map_tensors(lambda _: next(leaves), state)

@@ -1,0 +1,100 @@
+"""Operators that stand for what a trace cannot look into: growing caches, positions, packed matrices.
+
+While a model's step is traced (see bestiary.decoding), `attend`, `turn` and `product` take the place of the Python that
+computes the same; each is one instruction of the program that follows. At other times nothing here runs.
+"""
+
+import contextlib
+import contextvars
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_tracing: contextvars.ContextVar[bool] = contextvars.ContextVar("tracing", default=False)
+_matrices: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+torch.library.define(
+    "bestiary::attend",
+    "(Tensor q, Tensor k, Tensor v, Tensor keys, Tensor values, Tensor position, int window, float scale) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.define("bestiary::turn", "(Tensor x, Tensor position, float base, int dims, float stretch) -> Tensor")
+torch.library.define("bestiary::product", "(Tensor x, int matrix) -> Tensor")
+
+
+@contextlib.contextmanager
+def tracing() -> Iterator[None]:
+    """Within it, the operators take the place of what they stand for."""
+    token = _tracing.set(True)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
+
+
+def active() -> bool:
+    """Whether a step is being traced."""
+    return _tracing.get()
+
+
+def matrix(number: int) -> Any:
+    """The packed matrix that an operator's argument stands for."""
+    return _matrices[number]
+
+
+def product(x: Tensor, packed: Any) -> Tensor:
+    """x W^T + b, by an operator that names the matrix."""
+    _matrices[id(packed)] = packed
+    return torch.ops.bestiary.product(x, id(packed))
+
+
+@contextlib.contextmanager
+def _plain() -> Iterator[None]:
+    token = _tracing.set(False)
+    try:
+        yield
+    finally:
+        _tracing.reset(token)
+
+
+@torch.library.impl("bestiary::product", "CPU")
+def _product(x, number):
+    with _plain():
+        return _matrices[number].multiply(x)
+
+
+@torch.library.impl("bestiary::turn", "CPU")
+def _turn(x, position, base, dims, stretch):
+    from bestiary.ops.rotary import rotate
+
+    with _plain():
+        return rotate(x, position, base=base, dims=dims, stretch=stretch)
+
+
+@torch.library.impl("bestiary::attend", "CPU")
+def _attend(q, k, v, keys, values, position, window, scale):
+    from bestiary.ops.attention import KVCache, attention
+
+    with _plain():
+        o, after = attention(q, k, v, window=window or None, scale=scale, state=KVCache(keys, values, position))
+    return o, *(x.clone() for x in after)
+
+
+@torch.library.register_fake("bestiary::product")
+def _(x, number):
+    return x.new_empty(*x.shape[:-1], _matrices[number].shape[0])
+
+
+@torch.library.register_fake("bestiary::turn")
+def _(x, position, base, dims, stretch):
+    return torch.empty_like(x)
+
+
+@torch.library.register_fake("bestiary::attend")
+def _(q, k, v, keys, values, position, window, scale):
+    slots = keys.shape[1] if window else keys.shape[1] + 1
+    caches = (x.new_empty(x.shape[0], slots, *x.shape[2:]) for x in (keys, values))
+    return v.new_empty(*q.shape[:3], v.shape[3]), *caches, torch.empty_like(position)
