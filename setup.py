@@ -4,7 +4,9 @@ No compiler, or one that fails, costs speed alone: the package installs without 
 the platform, not on the versions of Python and PyTorch, and the wheel is tagged so.
 """
 
+import os
 import platform
+import re
 import sys
 from pathlib import Path
 
@@ -18,14 +20,23 @@ except ImportError:  # older than setuptools 70
 
 SETS = {
     "x86_64": {"avx512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "avx2": ["-march=x86-64-v3"]},
-    "aarch64": {"neon": ["-march=armv8.2-a"]},
+    "aarch64": {"neon": ["-march=armv8-a"]},  # vectors and fused multiply-add are in all of them
 }
 COMMON = ["-std=c++20", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
 
 
+def machine() -> str:
+    """The architecture to build for. A universal Python on a Mac would build for two at once: no flag fits both."""
+    name = platform.machine()
+    if sys.platform == "darwin":
+        wanted = re.findall(r"-arch\s+(\S+)", os.environ.get("ARCHFLAGS", ""))
+        name = wanted[0] if len(wanted) == 1 else name
+        os.environ["ARCHFLAGS"] = f"-arch {name}"
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name.lower(), name.lower())
+
+
 def kernels() -> list[Extension]:
     """One extension for each instruction set that this platform may have."""
-    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]  # Apple's compiler has none: one thread there
     static = ["-static-libstdc++", "-static-libgcc"] if sys.platform == "linux" else []
     return [
@@ -38,7 +49,7 @@ def kernels() -> list[Extension]:
             language="c++",
             optional=True,
         )
-        for name, flags in SETS.get(machine, {}).items()
+        for name, flags in SETS.get(machine(), {}).items()
     ]
 
 

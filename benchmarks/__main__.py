@@ -1,9 +1,11 @@
 """`python -m benchmarks`: speed against peers, as JSON lines and a page."""
 
+import os
 import platform
 import sys
 from dataclasses import dataclass
 from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -22,6 +24,8 @@ NARROW = {
     "MKL_ENABLE_INSTRUCTIONS": "AVX2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
 }
+
+PEERS = ("transformers", "mambapy", "xllamacpp", "rwkv")
 
 
 @dataclass(frozen=True)
@@ -55,13 +59,16 @@ def main() -> int:
                 raise unknown("work", name, GROUPS)
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
-        environment = {"OMP_NUM_THREADS": str(torch.get_num_threads()), **(NARROW if arguments.forbid_avx512 else {})}
+        threads = str(torch.get_num_threads())
+        environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        environment |= NARROW if arguments.forbid_avx512 else {}
         about = {
             "date": date.today().isoformat(),
             "bestiary": bestiary.__version__,
             "torch": torch.__version__,
+            "peers": _versions(PEERS),
             "processor": _processor(),
-            "kernels": "avx2, AVX-512 forbidden" if arguments.forbid_avx512 else load()[1],
+            "kernels": "AVX-512 forbidden, by " + _spelled(NARROW) if arguments.forbid_avx512 else load()[1],
             "threads": torch.get_num_threads(),
             "rounds": arguments.rounds,
         }
@@ -79,6 +86,23 @@ def main() -> int:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _spelled(variables: dict[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in variables.items())
+
+
+def _versions(packages: tuple[str, ...]) -> str:
+    """Those that are installed, with their versions."""
+    found = []
+    for name in packages:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    if os.environ.get("BENCHMARK_LLAMA"):
+        found.append("llama.cpp by BENCHMARK_LLAMA")
+    return ", ".join(found) or "none installed"
 
 
 def _processor() -> str:

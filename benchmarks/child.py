@@ -1,11 +1,15 @@
 """One contender of one work, in this process: `python -m benchmarks.child GROUP WORK CONTENDER`, for the harness.
 
-It says "@ready" when it has run once, and for each line that it reads "@took" and the seconds of a further run.
+It says "@ready" and what it computes with when it has run once, and for each line that it reads "@took" and the
+seconds of a further run.
 """
 
 import sys
 import time
 
+import torch
+
+from benchmarks import llama
 from benchmarks.harness import Missing
 from benchmarks.works import GROUPS
 
@@ -19,7 +23,7 @@ def main() -> None:
     except (Missing, ImportError) as error:
         print("@missing", str(error).splitlines()[0], flush=True)
         return
-    print("@ready", flush=True)
+    print("@ready", llama.computes_with() or torch.backends.cpu.get_cpu_capability(), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         result = run()

@@ -11,11 +11,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 Run = Callable[[], object]
 PAUSE = 0.05
@@ -24,6 +24,16 @@ PAUSE = 0.05
 
 class Missing(Exception):
     """A contender that cannot run here; the message says why."""
+
+
+class Runs(Protocol):
+    """Who can be asked for a round."""
+
+    computes_with: str
+
+    def run(self) -> float:
+        """Seconds, or bytes."""
+        ...
 
 
 @dataclass
@@ -49,6 +59,7 @@ class Work:
         contenders: by name; the first is ours, which the others are compared with.
         per: how many units one run does (tokens, say), to give a rate; 0 for none.
         unit: of these; "bytes": what a run returns is what counts, not its time.
+        most_rounds: how many rounds are enough where one takes long; None for as many as are asked for.
     """
 
     name: str
@@ -56,6 +67,7 @@ class Work:
     contenders: dict[str, Contender]
     per: float = 0.0
     unit: str = "tok"
+    most_rounds: int | None = None
 
 
 @dataclass
@@ -72,29 +84,41 @@ class Result:
     note: str = ""
     per: float = 0.0
     unit: str = ""
+    computes_with: str = ""
 
 
 class Child:
-    """A contender in a process of its own: `python -m benchmarks.child GROUP WORK CONTENDER`."""
+    """A contender in a process of its own: `python -m benchmarks.child GROUP WORK CONTENDER`.
+
+    `wait` until it is ready; then `run` it.
+    """
 
     def __init__(self, group: str, work: str, contender: str, environment: dict[str, str]):
         command = [sys.executable, "-m", "benchmarks.child", group, work, contender]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
         )
-        word, _, rest = self._line().partition(" ")
+        self.computes_with = ""
+
+    def wait(self) -> "Child":
+        """Until it has loaded, and has run once."""
+        word, _, self.computes_with = self._line().partition(" ")
         if word != "ready":
             self.close()
-            raise Missing(rest or "it ended at once")
+            raise Missing(self.computes_with or "it ended at once")
+        return self
 
     def run(self) -> float:
         """One round."""
         assert self.process.stdin is not None
-        print("go", file=self.process.stdin, flush=True)
-        word, _, rest = self._line().partition(" ")
+        try:
+            print("go", file=self.process.stdin, flush=True)
+            word, _, rest = self._line().partition(" ")
+        except BrokenPipeError:
+            word, rest = "", ""
         if word != "took":
             self.close()
-            raise Missing(rest or "it ended")
+            raise Missing(rest or f"it ended, with {self.process.returncode}")
         return float(rest)
 
     def close(self) -> None:
@@ -111,26 +135,26 @@ class Child:
 
 
 @contextmanager
-def children(group: str, work: Work, environment: dict[str, str]) -> Iterator[dict[str, Callable[[], float] | Missing]]:
-    """What runs each contender, or why it cannot."""
-    found: dict[str, Callable[[], float] | Missing] = {}
-    alive: list[Child] = []
+def children(group: str, work: Work, environment: dict[str, str]) -> Iterator[dict[str, Child | Missing]]:
+    """A process for each contender, or why there is none. They get ready one after the other: each has all threads."""
+    found: dict[str, Child | Missing] = {}
     try:
         for name in work.contenders:
+            found[name] = child = Child(group, work.name, name, environment)
             try:
-                alive.append(Child(group, work.name, name, environment))
-                found[name] = alive[-1].run
+                child.wait()
             except Missing as error:
                 found[name] = error
         yield found
     finally:
-        for child in alive:
-            child.close()
+        for child in found.values():
+            if isinstance(child, Child):
+                child.close()
 
 
 def measure(
     work: Work,
-    runs: dict[str, Callable[[], float] | Missing],
+    runs: Mapping[str, Runs | Missing],
     *,
     rounds: int,
     say: Callable[[str], None],
@@ -142,17 +166,29 @@ def measure(
         name: Result(work.name, work.title, name, name == ours, contender.target, per=work.per, unit=work.unit)
         for name, contender in work.contenders.items()
     }
-    ready = {name: run for name, run in runs.items() if not isinstance(run, Missing)}
+    ready: dict[str, Runs] = {}
+
+    def drop(name: str, why: Missing) -> None:
+        ready.pop(name, None)
+        found[name].note, found[name].values, found[name].ratio = f"not run: {why}", [], []
+        say(f"{work.name}: {name} not run: {why}")
+
     for name, run in runs.items():
         if isinstance(run, Missing):
-            found[name].note = f"not run: {run}"
-            say(f"{work.name}: {name} not run: {run}")
-    names = list(ready)
+            drop(name, run)
+        else:
+            ready[name], found[name].computes_with = run, run.computes_with
+    rounds = rounds if work.most_rounds is None else min(rounds, work.most_rounds)
     for i in range(rounds):
         took: dict[str, float] = {}
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        names = list(ready)
+        turn = i % max(1, len(names))
+        for name in names[turn:] + names[:turn]:
             time.sleep(pause)
-            took[name] = ready[name]()
+            try:
+                took[name] = ready[name].run()
+            except Missing as error:  # one that dies, for want of memory say, is noted, and the others go on
+                drop(name, error)
         for name, value in took.items():
             found[name].values.append(value)
             if ours in took:

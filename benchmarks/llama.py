@@ -1,11 +1,15 @@
 """llama.cpp as a peer: our Mamba's weights as a GGUF file, and its own library's calls, without a server between.
 
-The wheel `xllamacpp` holds the library with its C names; BENCHMARK_LLAMA names another build of it (libllama.so).
+The wheel `xllamacpp` holds the library with its C names; BENCHMARK_LLAMA names another build of it (libllama.so), such
+as one for this processor: the wheel is built for any that has AVX2, and has no AVX-512 code (`computes_with` asks).
 Structures are passed as it makes them; the only field written is the first of its context's, the context length.
 """
 
 import ctypes
+import hashlib
 import os
+import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +36,21 @@ class _Batch(ctypes.Structure):
 
 
 def write_gguf(model: LanguageModel, form: str, folder: Path = FILES) -> Path:
-    """A Mamba of ours as a file that llama.cpp reads; what has rows of no whole blocks of 32 stays in f32."""
+    """A Mamba of ours as a file that llama.cpp reads; what has rows of no whole blocks of 32 stays in f32.
+
+    One that is there already is taken: its name tells the weights.
+    """
     import gguf
 
     mixers = [block.mixer for block in model.blocks]
     first: Any = mixers[0]
     kind = getattr(gguf.GGMLQuantizationType, form.upper())
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"mamba-{len(mixers)}x{model.config.d_model}-{form}.gguf"
-    writer = gguf.GGUFWriter(str(path), "mamba")
+    path = folder / f"mamba-{len(mixers)}x{model.config.d_model}-{key(model)}-{form}.gguf"
+    if path.exists():
+        return path
+    part = path.with_suffix(".part")
+    writer = gguf.GGUFWriter(str(part), "mamba")
     writer.add_context_length(1 << 20)
     writer.add_embedding_length(model.config.d_model)
     writer.add_feed_forward_length(0)
@@ -85,14 +95,23 @@ def write_gguf(model: LanguageModel, form: str, folder: Path = FILES) -> Path:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    print(f"wrote {path}, {part.stat().st_size / 1e6:.0f} MB", file=sys.stderr)
+    return part.replace(path)
+
+
+def key(model: LanguageModel) -> str:
+    """Tells models apart: a hash of the configuration and of some numbers of every weight."""
+    digest = hashlib.sha256(model.config.to_json().encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.flatten()[:: max(1, tensor.numel() // 256)].float().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 class Llama:
     """A model that llama.cpp loaded: tokens in, the logits after the last of them out."""
 
     def __init__(self, path: Path, vocabulary: int, *, context: int = 1024, threads: int | None = None):
-        self.library, self.vocabulary = _library(), vocabulary
+        self.library, self.vocabulary = library(), vocabulary
         get, pointer = self.library, ctypes.c_void_p
         for name in ("llama_model_default_params", "llama_context_default_params"):
             getattr(get, name).restype = _Structure
@@ -115,6 +134,9 @@ class Llama:
         self.context = get.llama_init_from_model(model, parameters) if model else None
         if not self.context:
             raise Missing(f"llama.cpp does not load {path}")
+        get.llama_n_ctx.restype, get.llama_n_ctx.argtypes = ctypes.c_uint32, [pointer]
+        if get.llama_n_ctx(self.context) < context:  # the field written was another
+            raise Missing("this build of llama.cpp has other structures than those known here")
         threads = torch.get_num_threads() if threads is None else threads
         get.llama_set_n_threads(self.context, threads, threads)
 
@@ -134,7 +156,9 @@ class Llama:
         return torch.from_numpy(np.ctypeslib.as_array(found, (self.vocabulary,)).copy())
 
 
-def _library() -> ctypes.CDLL:
+@cache
+def library() -> ctypes.CDLL:
+    """llama.cpp's own."""
     named = os.environ.get("BENCHMARK_LLAMA")
     if named:
         return ctypes.CDLL(named)
@@ -144,3 +168,12 @@ def _library() -> ctypes.CDLL:
         raise Missing("xllamacpp is not installed") from error
     folder = Path(xllamacpp.__file__).parent
     return ctypes.CDLL(str(next(folder.glob("xllamacpp*.so"))))
+
+
+def computes_with() -> str:
+    """The widest instructions that the library was built with, as it says itself; nothing where it is not in use."""
+    if not library.cache_info().currsize:
+        return ""
+    told = {"AVX512": "avx512", "AVX2": "avx2", "NEON": "neon"}
+    found = [name for name, at in told.items() if getattr(library(), f"ggml_cpu_has_{at}")()]
+    return found[0] if found else "plain C"

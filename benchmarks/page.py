@@ -6,7 +6,8 @@ from pathlib import Path
 from benchmarks.harness import Result, middle, quantity, read
 
 HEAD = (
-    "| who | median (least to most) | rate | over ours | aim | over ours, AVX2 |\n| --- | --- | --- | --- | --- | --- |"
+    "| who | with | median (least to most) | rate | over ours | aim | over ours, AVX2 |\n"
+    "| --- | --- | --- | --- | --- | --- | --- |"
 )
 
 
@@ -18,7 +19,8 @@ def page(main: Path, narrow: Path | None = None) -> str:
     lines = ["# Speed against peers", "", "Made by `python -m benchmarks`; nothing here is typed by hand.", ""]
     lines += [
         "How contenders take turns is in benchmarks/harness.py. Ratios are medians of (their time / ours) over rounds,",
-        "with least and most; above 1 we are faster. Weights are random: this is about speed alone.",
+        "with least and most; above 1 we are faster. Weights are random: this is about speed alone. `with` names the",
+        "widest code that a contender says it has for this processor; matrix products of PyTorch may use less.",
         "",
     ]
     lines += [f"- {key}: {value}" for key, value in about.items()]
@@ -36,11 +38,12 @@ def page(main: Path, narrow: Path | None = None) -> str:
 def _row(result: Result, narrow: Result | None) -> str:
     again = _ratio(narrow) if narrow else ""
     if not result.values:
-        return f"| {result.contender} | {result.note} | | | {result.target or ''} | {again} |"
+        return f"| {result.contender} | | {result.note} | | | {result.target or ''} | {again} |"
     value, low, high = middle(result.values)
     size = f"{quantity(value, result.unit)} ({quantity(low, result.unit)} to {quantity(high, result.unit)})"
     rate = f"{result.per / value:,.0f} {result.unit}/s" if result.per else ""
-    return f"| {result.contender} | {size} | {rate} | {_ratio(result)} | {result.target or ''} | {again} |"
+    who = f"| {result.contender} | {result.computes_with}"
+    return f"{who} | {size} | {rate} | {_ratio(result)} | {result.target or ''} | {again} |"
 
 
 def _ratio(result: Result) -> str:

@@ -181,9 +181,8 @@ def train() -> list[Work]:
             f"bestiary {name}": Contender(lambda half=half: _ours_step(PROMPT, half=half)),
             "mambapy fp32": Contender(_mambapy_train, target),
         }
-        found.append(
-            Work(f"train-{name}", f"Training step, {LAYERS} layers, {PROMPT} tokens, {name}", contenders, PROMPT)
-        )
+        title = f"Training step, {LAYERS} layers, {PROMPT} tokens, {name}"
+        found.append(Work(f"train-{name}", title, contenders, PROMPT, most_rounds=3))
     for time, share, target in ((512, 1, 1.0), (2048, 3, 1.3), (8192, 6, 2.5)):
         layers = LAYERS // share
         contenders = {
@@ -193,7 +192,7 @@ def train() -> list[Work]:
             ),
         }
         title = f"Training step of equal parameters, {time} tokens, {layers} layers against {layers // 2}"
-        found.append(Work(f"train-{time}", title, contenders, time))
+        found.append(Work(f"train-{time}", title, contenders, time, most_rounds=3 if time > 2048 else None))
     return found
 
 

@@ -126,8 +126,8 @@ def in_place() -> Iterator[None]:
 
 
 def may_write() -> bool:
-    """Whether the caller has given states away (see `in_place`); never true while gradients are recorded."""
-    return _in_place.get() and not torch.is_grad_enabled()
+    """Whether the caller has given states away (see `in_place`); never while recording gradients or compiling."""
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and _in_place.get()
 
 
 def save(state: State, path: str | Path, *, model: Any = None) -> None:

@@ -1,5 +1,6 @@
 """Contenders take turns, each in a process of its own; ratios are taken within a round; who cannot run is noted."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,19 @@ def walk(names: str) -> Work:
 def test_contenders_take_turns_in_an_order_that_turns_and_one_that_is_missing_is_noted(tmp_path: Path) -> None:
     ran: list[str] = []
 
-    def contender(name: str, took: float):
-        return lambda: (ran.append(name), took)[1]
+    class Taking:
+        computes_with = "fingers"
 
-    runs = {"a": contender("a", 0.5), "b": contender("b", 1.0), "c": Missing("there is none")}
+        def __init__(self, name: str, *took: float):
+            self.name, self.took = name, list(took)
+
+        def run(self) -> float:
+            ran.append(self.name)
+            if not self.took:
+                raise Missing("it died")
+            return self.took.pop()
+
+    runs = {"a": Taking("a", *[0.5] * 3), "b": Taking("b", *[1.0] * 3), "c": Missing("there is none")}
     results = measure(walk("abc"), runs, rounds=3, say=lambda line: None, pause=0)
     found = {result.contender: result for result in results}
     assert ran == [*"ab", *"ba", *"ab"]
@@ -27,9 +37,15 @@ def test_contenders_take_turns_in_an_order_that_turns_and_one_that_is_missing_is
     assert found["a"].ratio == [1, 1, 1] and found["b"].ratio == [2, 2, 2]
     write(results, {"date": "today"}, tmp_path / "results.jsonl")
     assert read(tmp_path / "results.jsonl") == ({"date": "today"}, results)
-    made = page(tmp_path / "results.jsonl", tmp_path / "results.jsonl")
-    assert "| b | 1 s (1 s to 1 s) | 3 tok/s | **2.00** (2.00 to 2.00) | 2.0 | **2.00** (2.00 to 2.00) |" in made
-    assert "| c | not run: there is none |" in made
+    text = page(tmp_path / "results.jsonl", tmp_path / "results.jsonl")
+    twice = "**2.00** (2.00 to 2.00)"
+    assert f"| b | fingers | 1 s (1 s to 1 s) | 3 tok/s | {twice} | 2.0 | {twice} |" in text
+    assert "| c | | not run: there is none |" in text
+    assert {found[name].computes_with for name in "ab"} == {"fingers"}
+    dying = measure(walk("ab"), {"a": Taking("a", 1.0, 1.0), "b": Taking("b", 2.0)}, rounds=2, say=print, pause=0)
+    assert [result.values for result in dying] == [[1.0, 1.0], []] and dying[1].note == "not run: it died"
+    few = dataclasses.replace(walk("a"), most_rounds=1)
+    assert measure(few, {"a": Taking("a", 1.0, 1.0)}, rounds=2, say=print, pause=0)[0].values == [1.0]
 
 
 def test_a_contender_runs_in_a_process_of_its_own() -> None:
@@ -39,6 +55,7 @@ def test_a_contender_runs_in_a_process_of_its_own() -> None:
         assert isinstance(runs.pop("nobody"), Missing)
         results = measure(work, runs, rounds=2, say=lambda line: None, pause=0)
     mamba, attention = (result.values for result in results[:2])
+    assert all(result.computes_with for result in results[:2])
     assert mamba[0] == mamba[1] == 24 * 4 * 1536 * (16 + 3)
     assert attention[0] == attention[1] == 12 * (2 * 32768 * 768 * 4 + 8)
 

@@ -84,7 +84,7 @@ class _Plan:
             values = context.v_first
             y, layer.after = layer.step(x, states.fork(layer.sample), context)
             try:
-                piece.add(layer, x, embedded, values, context.v_first)
+                piece.add(layer, x, embedded, values)
                 self.why_not.append(None)
             except Unsupported as error:
                 self.why_not.append(str(error))

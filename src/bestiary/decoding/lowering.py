@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from bestiary.decoding.program import (
     NOWHERE,
@@ -21,6 +21,7 @@ from bestiary.decoding.program import (
     collapsed,
     strides_of,
 )
+from bestiary.decoding.trace import Call, storage, tensors
 from bestiary.errors import UsageError
 from bestiary.ops.native.matvec import PackedMatrix
 
@@ -266,39 +267,21 @@ class Lowering:
         self.alive.append(matrix)
         self.emit(Op.PRODUCT, (rows,), [result], [x], matrix=matrix, shared=outputs * inputs >= 1 << 14)
 
-    def lower(self, graph: fx.GraphModule, values: dict[fx.Node, Any]) -> None:
-        """Instructions of a graph whose values on a sample are known: constants are these values."""
-        for node in graph.graph.nodes:
-            if node.op != "call_function":
+    def lower(self, calls: list[Call]) -> None:
+        """Instructions of what was traced; what does not depend on the input is a constant."""
+        for call in calls:
+            given, made = tensors((call.args, call.kwargs)), tensors(call.result)
+            if call.name in BLANK or not any(self.dynamic(x) for x in given):
                 continue
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            result = values[node]
-            given, made = _tensors((args, kwargs)), _tensors(result)
-            if not any(self.dynamic(x) for x in given):
-                continue  # a constant
-            name = str(getattr(node.target, "_opname", None) or getattr(node.target, "__name__", node.target))
-            if name == "getitem" or name in BLANK:
-                continue
-            schema = getattr(node.target, "_schema", None)
-            if schema is not None and schema.is_mutable and (name not in MUTATING or not self.dynamic(given[0])):
-                raise Unsupported(f"{name} writes into what may be needed")
-            if name not in MUTATING and all(any(storage(x) == storage(y) for y in given) for x in made):
+            if not made:
+                raise Unsupported("Python looks at numbers that depend on the input")
+            if call.mutates and (call.name not in MUTATING or not self.dynamic(given[0])):
+                raise Unsupported(f"{call.name} writes into what may be needed")
+            if not call.mutates and all(any(storage(x) == storage(y) for y in given) for x in made):
                 continue  # a view
-            if name not in _handlers:
-                raise Unsupported(f"no instruction for {name}")
-            _handlers[name](self, result, *args, **kwargs)
-
-
-class Record(fx.Interpreter):
-    """Runs a graph and keeps every value."""
-
-    def __init__(self, graph: fx.GraphModule):
-        super().__init__(graph, garbage_collect_values=False)
-        self.values: dict[fx.Node, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.values[n] = super().run_node(n)
-        return self.values[n]
+            if call.name not in _handlers:
+                raise Unsupported(f"no instruction for {call.name}")
+            _handlers[call.name](self, call.result, *call.args, **call.kwargs)
 
 
 def pairs(tensor: Tensor) -> Tensor:
@@ -310,19 +293,6 @@ def pairs(tensor: Tensor) -> Tensor:
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(torch.empty(shape, device="meta").stride())
-
-
-def storage(tensor: Tensor) -> int:
-    """What tells one piece of memory from another."""
-    return tensor.untyped_storage()._cdata
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        return _tensors(list(value.values()))
-    return [x for part in value for x in _tensors(part)] if isinstance(value, (list, tuple)) else []
 
 
 def _as_rows(tensor: Tensor, width: int) -> Tensor:

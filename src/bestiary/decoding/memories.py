@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestiary.decoding.lowering import Leaf, Lowering, Unsupported, handles, storage
+from bestiary.decoding.lowering import Leaf, Lowering, Unsupported, handles
 from bestiary.decoding.program import BINARY, NOWHERE, SHARED_FROM, Op, Place
+from bestiary.decoding.trace import storage
 
 
 def _one_step(*tensors: Tensor | None) -> None:

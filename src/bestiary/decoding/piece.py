@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from bestiary import state as states
-from bestiary.decoding.lowering import Leaf, Lowering, Memory, Record, Unsupported, storage
+from bestiary.decoding.lowering import Leaf, Lowering, Memory, Unsupported
 from bestiary.decoding.program import UNARY, WORKSPACE, Instruction, Op, Place, Program
+from bestiary.decoding.trace import Trace, storage
 from bestiary.mixers import Context
 from bestiary.ops.native import traced
 from bestiary.ops.native.library import buffer
@@ -51,45 +51,39 @@ class Piece:
         """Of the model's layers."""
         return self.layers[0].index
 
-    def add(self, layer: Layer, x: Tensor, embedded: Tensor, before: Tensor | None, after: Tensor | None) -> None:
+    def add(self, layer: Layer, x: Tensor, embedded: Tensor, before: Tensor | None) -> None:
         """Lower a layer behind what is there; Unsupported leaves everything as it was.
 
         Args:
             x: a sample of what it reads.
-            before, after: the first values of RWKV-7 that the context holds before and after it.
+            before: the first values of RWKV-7 that the context holds before it; None for none.
         """
         kept = (self.memory.regions, self.memory.used)
         try:
-            self._add(layer, x, embedded, before, after)
+            self._add(layer, x, embedded, before)
         except Unsupported:
             self.memory.regions, self.memory.used = kept
             raise
-        except Exception as error:  # torch's tracer raises many kinds; the layer then runs as it is
+        except Exception as error:  # whatever a user's own mixer may do: it then runs as it is
             self.memory.regions, self.memory.used = kept
             raise Unsupported(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
-    def _add(self, layer: Layer, x: Tensor, embedded: Tensor, before: Tensor | None, after: Tensor | None) -> None:
+    def _add(self, layer: Layer, x: Tensor, embedded: Tensor, before: Tensor | None) -> None:
         told = [] if before is None else [before]
         old = [leaf.clone(memory_format=torch.contiguous_format) for leaf in states.tensors(layer.sample)]
         inputs = [x.clone(), embedded.clone(), *(t.clone() for t in told), *old]
 
-        def flat(*given: Tensor) -> list[Tensor]:
-            own = given[len(given) - len(old) :]
-            y, values, leaves = layer.call(given[0], given[1], given[2] if told else None, own)
-            return [y, *([] if values is None else [values]), *leaves]
-
-        with traced.tracing():
-            graph = make_fx(flat, tracing_mode="real")(*inputs)
-            graph.graph.eliminate_dead_code()
-            record = Record(graph)
-            y, *rest = record.run(*inputs)
-        new = rest[len(rest) - len(old) :]
+        trace = Trace()
+        with traced.tracing(), trace:
+            y, values, new = layer.call(inputs[0], inputs[1], inputs[2] if told else None, old)
+        said = () if values is None or told else (values,)
+        calls = trace.needed((y, *said, *new))
         low, leaves = Lowering(self.memory), [Leaf(leaf, self.memory) for leaf in old]
         if not self.streams:
             self.streams = [self.memory.room(x.numel()) for _ in range(2)]
         given, result = self.streams if len(self.layers) % 2 else self.streams[::-1]
         to = (self.output, 0) if y.shape != x.shape else (WORKSPACE, result)  # the head's result is the last one
-        said = (self.memory.room(after.numel()), tuple(after.shape)) if before is None and after is not None else None
+        heard = (self.memory.room(values.numel()), tuple(values.shape)) if said else None
         persistent = self.memory.used
         low.put(inputs[0], *((WORKSPACE, given) if self.layers else (self.input, 0)))
         low.put(inputs[1], self.embedded, 0)
@@ -99,10 +93,10 @@ class Piece:
             low.put(tensor, leaf.old, 0, leaf.old)
             low.leaves[storage(tensor)], low.targets[storage(made)] = leaf, leaf
         low.destine(y, *to)
-        low.lower(graph, record.values)
+        low.lower(calls)
         low.arrive(y, *to, -1)
-        if said is not None:
-            low.arrive(rest[0], WORKSPACE, said[0], -2)
+        if heard is not None:
+            low.arrive(values, WORKSPACE, heard[0], -2)
         moved = set[int]()
         for made, leaf in zip(new, leaves):
             if not leaf.written:
@@ -113,10 +107,10 @@ class Piece:
         low.instructions[0].first = True
         # all is well: only now does anything change
         self.memory.used = persistent
-        self.memory.alive.append((low.alive, record.values))
-        self.hears, self.said = self.hears or (bool(told) and self.said is None), said or self.said
+        self.memory.alive.append((low.alive, calls))
+        self.hears, self.said = self.hears or (bool(told) and self.said is None), heard or self.said
         self.samples = self.samples or (x, embedded, before)
-        self.sizes, self.result = (y.numel(), tuple(y.shape)), (y, to)
+        self.result = (y, to)
         layer.leaves = leaves
         self.instructions += low.instructions
         self.layers.append(layer)

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestiary.decoding.lowering import Handler, Lowering, Unsupported, collapsed, handles, pairs, storage
+from bestiary.decoding.lowering import Handler, Lowering, Unsupported, collapsed, handles, pairs
 from bestiary.decoding.program import BINARY, REDUCTIONS, UNARY, Op
+from bestiary.decoding.trace import storage
 from bestiary.ops.native import traced
 from bestiary.ops.native.matvec import PackedMatrix
 

@@ -132,7 +132,7 @@ class LanguageModel(nn.Module):
         Args:
             intervals: time that passes before each token, in units of a usual step; some mixer must be a timed one.
         """
-        if tokens.device.type == "cpu" and tokens.numel():
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
             self.check_tokens(int(tokens.min()), int(tokens.max()))
         if state is not None and len(state.layers) != len(self.blocks):
             raise UsageError(f"the state has {len(state.layers)} layers, the model {len(self.blocks)}")

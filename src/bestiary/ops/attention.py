@@ -65,7 +65,7 @@ def attention(
         return o, KVCache(*after)
     step = torch.arange(time, device=q.device)
     place = state.position[:, None] + step
-    if not state.keys.shape[1] or not state.position.any():  # the segment is all there is to see
+    if not state.keys.shape[1] or _begins(state):  # the segment is all there is to see
         after = remember(state, k, v, window, lengths)
         place = step.expand(batch, time)
         keys, values, slot, before = k, v, place, 0
@@ -84,6 +84,11 @@ def attention(
             slot = state.position[:, None] - before + torch.arange(before + time, device=q.device)
     o = dispatch.choose("attention", time=time)(q, keys, values, slot, place, before, window, scale)
     return o.to(v.dtype), after
+
+
+def _begins(state: KVCache) -> bool:
+    """Whether no row has a past; a compiler, which must not look at numbers, takes the general way."""
+    return not torch.compiler.is_compiling() and not state.position.any()
 
 
 def empty_cache(
@@ -174,6 +179,8 @@ def remember(cache: KVCache, k: Tensor, v: Tensor, window: int | None = None, le
         return KVCache(last_inputs(cache.keys, k, lengths), last_inputs(cache.values, v, lengths), position)
     if states.may_write():
         keys, values = (_write(old, new, cache.position, position) for old, new in ((cache.keys, k), (cache.values, v)))
+    elif not cache.keys.shape[1] and lengths is None:  # all rows begin here, and end together
+        keys, values = (torch.cat([old, new.to(old.dtype)], dim=1) for old, new in ((cache.keys, k), (cache.values, v)))
     else:
         keys, values = (
             _append(old, new, cache.position, position) for old, new in ((cache.keys, k), (cache.values, v))

@@ -23,6 +23,8 @@ _NATIVE = "native"
 _compiled: set[str] = set()
 _forms: dict[str, dict[str, Callable[..., Any]]] = {}
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced_form", default=None)
+_forced_last: str | None = None
+"""What `use` last set or restored, in whatever thread: torch.compile cannot read a context variable, but this."""
 
 
 def form(op: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -53,7 +55,7 @@ def compiled(op: str, *tensors: torch.Tensor | None, why_not: str | None = None)
 
     Raises UsageError where `use("native")` forces it and it cannot run.
     """
-    forced = _forced.get()
+    forced = _forced_form()
     if forced not in (None, _NATIVE):
         return False
     why_not = why_not or library.refuses(*tensors)
@@ -62,8 +64,12 @@ def compiled(op: str, *tensors: torch.Tensor | None, why_not: str | None = None)
     return why_not is None
 
 
+def _forced_form() -> str | None:
+    return _forced_last if torch.compiler.is_compiling() else _forced.get()
+
+
 def _choice(op: str, time: int, *, kernels: bool = True) -> tuple[str, str]:
-    forced = _forced.get()
+    forced = _forced_form()
     if kernels and op in _compiled and forced in (None, _NATIVE):
         found, why = library.load()
         if found is not None:
@@ -88,11 +94,14 @@ def use(name: str) -> Iterator[None]:
     valid = {form for forms in _forms.values() for form in forms} | {_NATIVE}
     if name not in valid:
         raise unknown("form of the ops", name, valid)
+    global _forced_last
     token = _forced.set(name)
+    _forced_last = name
     try:
         yield
     finally:
         _forced.reset(token)
+        _forced_last = _forced.get()
 
 
 def active(time: int = 1024) -> dict[str, dict[str, str]]:

@@ -143,7 +143,8 @@ def _fast_size(n: int) -> int:
 
 def _past(state: ConvolutionState, kernel: Tensor) -> Tensor:
     """The inputs that lags below l_max reach, oldest first, zeros before the start: (batch, <= l_max - 1, channels)."""
-    reach = min(kernel.shape[1] - 1, int(state.position.max()) if len(state.position) else 0)
+    passed = int(state.position.max()) if state.inputs.numel() else 0  # without slots, nothing has passed
+    reach = min(kernel.shape[1] - 1, passed)
     place = state.position[:, None] - reach + torch.arange(reach, device=kernel.device)
     return _read(state.inputs, place, kernel)
 
@@ -161,10 +162,10 @@ def _after(
     """The state after a segment: its inputs in the ring, no window begun."""
     batch, time, ring = *x.shape[:2], ring_size(kernel.shape[1])
     end = state.position + (time if lengths is None else lengths)
-    slots = min(int(end.max()) if batch else 0, ring)
     if not state.inputs.shape[1] and lengths is None and time <= ring:
         inputs = x.clone()  # a fresh start: the ring is not yet full; the caller's x stays the caller's
     else:
+        slots = min(int(end.max()) if batch else 0, ring)
         slot = torch.arange(slots, device=x.device)
         place = end[:, None] - 1 - (end[:, None] - 1 - slot) % ring  # the newest input of each slot
         new = place - state.position[:, None]

@@ -66,10 +66,17 @@ def _runs(name: str) -> bool:
     return arm if name == "neon" else not arm and torch.backends.cpu.get_cpu_capability() in SETS[name]
 
 
+@torch.compiler.assume_constant_result
+def _missing() -> str | None:
+    """Why there are no kernels, None where there are: the same as long as the process lives, also to torch.compile."""
+    library, why = load()
+    return why if library is None else None
+
+
 def refuses(*tensors: Tensor | None) -> str | None:
     """Why the kernels do not take these tensors; None where they do: fp32 on the CPU."""
-    library, why = load()
-    if library is None:
+    why = _missing()
+    if why is not None:
         return why
     for tensor in tensors:
         if tensor is not None and (tensor.device.type != "cpu" or tensor.dtype != torch.float32):

@@ -37,7 +37,7 @@ def tracing() -> Iterator[None]:
 
 def active() -> bool:
     """Whether a step is being traced."""
-    return _tracing.get()
+    return not torch.compiler.is_compiling() and _tracing.get()
 
 
 def matrix(number: int) -> Any:
