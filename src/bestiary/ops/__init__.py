@@ -17,6 +17,7 @@ from bestiary.ops.long_convolution import (
 from bestiary.ops.mimo_ssm import impulse_response, mimo_ssm
 from bestiary.ops.mlstm import MLSTMState, empty_mlstm, mlstm
 from bestiary.ops.monarch import block_diagonal, monarch
+from bestiary.ops.norm import rms_norm
 from bestiary.ops.rotary import positions, rotate, rotate_pairs, sum_angles
 from bestiary.ops.selective_scan import selective_scan
 from bestiary.ops.short_convolution import short_convolution
@@ -57,6 +58,7 @@ __all__ = [
     "positions",
     "real_ssm",
     "remember",
+    "rms_norm",
     "rotate",
     "rotate_pairs",
     "selective_scan",
