@@ -2,6 +2,7 @@
 //
 // The interface is C and knows pointers and sizes alone, so that it depends on no version of Python or PyTorch. Whoever
 // calls answers for shapes and for buffers that are large enough (src/bestiary/ops/native).
+#include "cross_entropy.h"
 #include "delta_rule.h"
 #include "linear_attention.h"
 #include "linear_recurrence.h"
@@ -84,3 +85,5 @@ EXPORT void bestiary_linear_attention_backward(const LinearAttention* s, const L
 EXPORT i64 bestiary_norm_parts(i64 rows, i64 groups) { return norm::parts(rows, groups); }
 EXPORT void bestiary_norm_forward(const Norm* s) { norm::forward(*s); }
 EXPORT void bestiary_norm_backward(const Norm* s, const NormBack* b) { norm::backward(*s, *b); }
+
+EXPORT void bestiary_cross_entropy(const CrossEntropy* s) { cross_entropy::run(*s); }

@@ -1,6 +1,7 @@
 """The recurrences as pure functions; each file gives the equation, its definition, and a fast form."""
 
 from bestiary.ops.attention import KVCache, attention, empty_cache, remember
+from bestiary.ops.cross_entropy import cross_entropy
 from bestiary.ops.delta_rule import delta_rule, dplr
 from bestiary.ops.dispatch import active, full_precision, use
 from bestiary.ops.irregular_ssm import irregular_diagonal_ssm, irregular_dplr_ssm
@@ -34,6 +35,7 @@ __all__ = [
     "attention",
     "bidirectional_convolution",
     "block_diagonal",
+    "cross_entropy",
     "delta_rule",
     "dense_ssm",
     "diagonal_ssm",

@@ -1,10 +1,9 @@
 """The RMS norm (Zhang & Sennrich 2019, arXiv:1910.07467), with a weight and a gate.
 
-    y = w h / sqrt(mean(h^2) + eps)                h = x, or x silu(g) where the gate comes first (Mamba-2)
-    y = w h / sqrt(mean(h^2) + eps) silu(g)        where it comes last (GLA, the gated delta net)
+y = w h / sqrt(mean(h^2) + eps)                h = x, or x silu(g) where the gate comes first (Mamba-2)
+y = w h / sqrt(mean(h^2) + eps) silu(g)        where it comes last (GLA, the gated delta net)
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,12 +30,12 @@ def rms_norm(
         gate: of x's shape, before its SiLU.
         gate_first: whether the gate is applied before the norm.
     """
-    dtype = dispatch.wide(x.dtype)
-    given = [t if t is None else t.to(dtype) for t in (x, weight, gate)]
-    if not traced.active() and dispatch.compiled("rms_norm", given[0]):
-        groups = None if given[1] is None else given[1].reshape(-1, x.shape[-1])
-        return kernel(given[0], groups, given[2], eps, gate_first).to(x.dtype)
-    return dispatch.choose("rms_norm", time=x.numel())(*given, eps, gate_first).to(x.dtype)
+    dtype = dispatch.wide(x.dtype, x.dtype if weight is None else weight.dtype)
+    wide, scales, gates = x.to(dtype), *(t if t is None else t.to(dtype) for t in (weight, gate))
+    if not traced.active() and dispatch.compiled("rms_norm", wide):
+        scales = None if scales is None else scales.reshape(-1, x.shape[-1])
+        return kernel(wide, scales, gates, eps, gate_first).to(x.dtype)
+    return dispatch.choose("rms_norm", time=x.numel())(wide, scales, gates, eps, gate_first).to(x.dtype)
 
 
 @dispatch.form("rms_norm", "reference")
@@ -52,7 +51,7 @@ def definition(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float
 def fused(x: Tensor, weight: Tensor | None, gate: Tensor | None, eps: float, gate_first: bool) -> Tensor:
     """By torch's norm, one kernel on GPUs."""
     h = x if gate is None or not gate_first else x * F.silu(gate)
-    whole = weight if weight is None or weight.ndim == 1 else None
-    y = F.rms_norm(h, x.shape[-1:], whole, eps)
-    y = y if weight is whole else y * weight
+    one = weight is not None and weight.ndim == 1
+    y = F.rms_norm(h, x.shape[-1:], weight if one else None, eps)
+    y = y if weight is None or one else y * weight
     return y if gate is None or gate_first else y * F.silu(gate)
