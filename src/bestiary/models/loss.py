@@ -79,7 +79,7 @@ def logit_nats(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"
 
 
 def _rows(head: Tensor) -> int:
-    """Rows whose logits are in memory at a time: more where the head is large, since each chunk adds to its gradient."""
+    """Rows whose logits are in memory at a time: more where the head is large: each adds to its gradient."""
     vocab, d_model = head.shape
     return max(1, CHUNK_ELEMENTS // vocab, d_model // 3)
 
