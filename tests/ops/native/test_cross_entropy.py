@@ -122,12 +122,12 @@ def test_other_shapes_and_layouts_are_refused() -> None:
 
 
 def test_the_default_dtype_changes_no_bit() -> None:
-    results = []
+    given, results = case((4, 20), 1.0), []
     before = torch.get_default_dtype()
     try:
         for dtype in (torch.float32, torch.float64):
             torch.set_default_dtype(dtype)
-            results.append(run("native", torch.float32, *case((4, 20), 1.0)))
+            results.append(run("native", torch.float32, *given))
     finally:
         torch.set_default_dtype(before)
     assert all(torch.equal(a, b) for a, b in zip(*results))
