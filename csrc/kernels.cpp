@@ -2,10 +2,12 @@
 //
 // The interface is C and knows pointers and sizes alone, so that it depends on no version of Python or PyTorch. Whoever
 // calls answers for shapes and for buffers that are large enough (src/bestiary/ops/native).
+#include "cross_entropy.h"
 #include "delta_rule.h"
 #include "linear_attention.h"
 #include "linear_recurrence.h"
 #include "matvec.h"
+#include "norm.h"
 #include "program.h"
 #include "selective_scan.h"
 #include "short_convolution.h"
@@ -13,7 +15,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT i64 bestiary_version() { return 2; }
+EXPORT i64 bestiary_version() { return 3; }
 EXPORT i64 bestiary_lanes() { return W; }
 EXPORT i64 bestiary_threads() {
 #ifdef _OPENMP
@@ -79,3 +81,9 @@ EXPORT void bestiary_linear_attention_forward(const LinearAttention* s) { linear
 EXPORT void bestiary_linear_attention_backward(const LinearAttention* s, const LinearAttentionBack* r) {
   linear::backward(*s, *r);
 }
+
+EXPORT i64 bestiary_norm_parts(i64 rows, i64 groups) { return norm::parts(rows, groups); }
+EXPORT void bestiary_norm_forward(const Norm* s) { norm::forward(*s); }
+EXPORT void bestiary_norm_backward(const Norm* s, const NormBack* b) { norm::backward(*s, *b); }
+
+EXPORT void bestiary_cross_entropy(const CrossEntropy* s) { cross_entropy::run(*s); }

@@ -74,4 +74,4 @@ class DeltaProduct(DeltaMixer):
         q = F.pad(q[:, :, None], (0, 0, 0, 0, others, 0)).flatten(1, 2)  # read after the last
         o, memory = ops.delta_rule(q, k, v, beta, log_decay, state=state.memory)
         o = o[:, others :: self.n_steps]
-        return self.out(self.norm(o).flatten(-2) * F.silu(self.gate(x))), DeltaState(history, memory)
+        return self.out(self.norm(o, self.gate(x).unflatten(-1, o.shape[-2:])).flatten(-2)), DeltaState(history, memory)

@@ -9,7 +9,6 @@ y_t = W_o (RMSNorm(S_t^T q_t / sqrt(K)) * silu(W_g x_t))
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bestiary import ops
 from bestiary.mixers import register
@@ -67,4 +66,4 @@ class GatedDeltaNet(DeltaMixer):
         q, k, v, beta, history = self.heads(x, state, lengths)
         log_decay = keep_real(self.decay(x, state.memory.dtype), lengths)
         o, memory = ops.delta_rule(q, k, v, beta, log_decay, state=state.memory)
-        return self.out(self.norm(o).flatten(-2) * F.silu(self.gate(x))), DeltaState(history, memory)
+        return self.out(self.norm(o, self.gate(x).unflatten(-1, o.shape[-2:])).flatten(-2)), DeltaState(history, memory)

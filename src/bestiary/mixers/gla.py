@@ -75,4 +75,4 @@ class GLA(Mixer):
             z.unflatten(-1, (self.n_heads, -1)) for z in (self.query(x), self.key(x), self.value(x), log_decay)
         )
         o, memory = ops.linear_attention(q, k, v, log_decay, state=state.memory)
-        return self.out(self.norm(o).flatten(-2) * F.silu(self.gate(x))), GLAState(memory)
+        return self.out(self.norm(o, self.gate(x).unflatten(-1, o.shape[-2:])).flatten(-2)), GLAState(memory)

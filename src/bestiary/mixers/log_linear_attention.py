@@ -102,5 +102,5 @@ class LogLinearAttention(Mixer):
         o, memory = ops.log_linear_attention(
             q, k, values, log_decay, weights, scale=1.0, state=state.memory, lengths=lengths
         )
-        y = (o + self.D.to(exact)[:, None] * v).flatten(-2) * F.silu(z.to(exact))
-        return self.out_proj(self.norm(y).to(x.dtype)), LogLinearState(history, memory)
+        y = (o + self.D.to(exact)[:, None] * v).flatten(-2)
+        return self.out_proj(self.norm(y, z, gate_first=True).to(x.dtype)), LogLinearState(history, memory)

@@ -69,7 +69,6 @@ class Mamba2(Mixer):
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
-        self.norm = nn.RMSNorm(self.d_inner // n_groups, eps=1e-5, elementwise_affine=False)
         self.norm_weight = nn.Parameter(torch.empty(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
         no_weight_decay(self.dt_bias, self.A_log, self.D, self.norm_weight)
@@ -111,6 +110,8 @@ class Mamba2(Mixer):
         heads = x.unflatten(-1, (self.n_heads, -1)).to(exact)
         B, C = (part.unflatten(-1, (self.n_groups, -1)) for part in (B, C))
         y, h = ops.linear_attention(C, B, heads * dt[..., None], log_decay, scale=1.0, state=state.h)
-        y = (y + self.D.to(exact)[:, None] * heads).flatten(-2) * F.silu(z.to(exact))
-        y = self.norm(y.unflatten(-1, (self.n_groups, -1))).flatten(-2) * self.norm_weight
+        y = (y + self.D.to(exact)[:, None] * heads).flatten(-2)
+        y, z = (part.unflatten(-1, (self.n_groups, -1)) for part in (y, z))
+        weight = self.norm_weight.unflatten(0, (self.n_groups, -1))
+        y = ops.rms_norm(y, weight, eps=1e-5, gate=z, gate_first=True).flatten(-2)
         return self.out_proj(y.to(xBC.dtype)), Mamba2State(history, h)

@@ -76,10 +76,11 @@ class FullPrecision(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm that computes in its weight's dtype, whatever autocast hands it."""
+    """nn.RMSNorm by `ops.rms_norm`: in fp32 at least, whatever autocast hands it, and gated where a gate is given."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x if self.weight is None else x.to(self.weight.dtype)).to(x.dtype)
+    def forward(self, x: Tensor, gate: Tensor | None = None, *, gate_first: bool = False) -> Tensor:
+        eps = torch.finfo(torch.float32).eps if self.eps is None else self.eps
+        return ops.rms_norm(x, self.weight, eps=eps, gate=gate, gate_first=gate_first)
 
 
 class HeadNorm(nn.Module):

@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bestiary import ops, state
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
-from bestiary.mixers.parts import check_heads, check_rate, default_heads, xavier_init
+from bestiary.mixers.parts import RMSNorm, check_heads, check_rate, default_heads, xavier_init
 
 
 @state.register
@@ -50,7 +49,7 @@ class RetNet(Mixer):
         self.key_dim, self.value_dim = d_model // self.n_heads, d_value // self.n_heads
         self.qkv = nn.Linear(d_model, 2 * d_model + d_value, bias=False)
         self.gate = nn.Linear(d_model, d_value, bias=False)
-        self.norm = nn.RMSNorm(self.value_dim, eps=1e-6, elementwise_affine=False)
+        self.norm = RMSNorm(self.value_dim, eps=1e-6, elementwise_affine=False)
         self.out = nn.Linear(d_value, d_model, bias=False)
         self.reset_parameters()
 
@@ -85,5 +84,5 @@ class RetNet(Mixer):
         if lengths is not None:  # padding does not fade the memory either
             log_decay = keep_real(log_decay.expand(*x.shape[:2], -1), lengths)
         o, memory = ops.linear_attention(q, k, v, log_decay, state=state.memory)
-        y = self.out(self.norm(o).flatten(-2) * F.silu(self.gate(x)))
+        y = self.out(self.norm(o, self.gate(x).unflatten(-1, o.shape[-2:])).flatten(-2))
         return y, RetNetState(memory, state.position + (x.shape[1] if lengths is None else lengths))

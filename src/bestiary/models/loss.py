@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from bestiary import ops
 from bestiary.mixers.base import numbers_at_hand
 
 CHUNK_ELEMENTS = 1 << 24  # logits in memory at a time: 64 MiB in fp32; a product of few rows is a slow one
-
 
 
 class Head(nn.Linear):
@@ -70,17 +70,19 @@ def token_nats(
 ) -> Float[Tensor, " rows"]:
     """Cross-entropy of each target in nats, without a gradient; 0 where the target is below 0."""
     parts = zip(*(x.split(_rows(head)) for x in (hidden, targets)))
-    nats = [_chunk_nats(_logits(h, head, bias, cap), t)[0] for h, t in parts]
+    nats = [ops.cross_entropy(_logits(h, head, bias, cap), t) for h, t in parts]
     return torch.cat(nats) if nats else hidden.new_zeros(0, dtype=torch.float32)
 
 
 def logit_nats(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """Cross-entropy of each target in nats, from logits; 0 where the target is below 0."""
-    return _chunk_nats(logits, targets)[0]
+    return ops.cross_entropy(logits, targets)
 
 
 def _rows(head: Tensor) -> int:
-    return max(1, CHUNK_ELEMENTS // head.shape[0])
+    """Rows whose logits are in memory at a time: more where the head is large: each adds to its gradient."""
+    vocab, d_model = head.shape
+    return max(1, CHUNK_ELEMENTS // vocab, d_model // 3)
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
@@ -97,13 +99,6 @@ def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, cap: float | None
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
-def _chunk_nats(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(nats of each row, log-normaliser of each row)"""
-    normaliser = logits.logsumexp(1)
-    chosen = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-    return torch.where(targets >= 0, normaliser - chosen, 0), normaliser
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -118,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = weights.new_zeros(())
         with_gradient = any(x is not None and x.requires_grad for x in (hidden, head, bias))
         d_hidden = torch.empty_like(hidden) if with_gradient else None
-        d_head = torch.zeros_like(head, dtype=weights.dtype) if with_gradient else None
+        d_head = torch.empty_like(head, dtype=weights.dtype) if with_gradient else None
         d_bias = torch.zeros_like(bias, dtype=weights.dtype) if with_gradient and bias is not None else None
         dtype, size = _matmul_dtype(hidden), _rows(head)
         size = max(1, -(-len(hidden) // max(1, -(-len(hidden) // size))))  # as many chunks as must be, but even ones
@@ -126,30 +121,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], size):
                 rows = slice(start, start + size)
-                h, t, w = hidden[rows], targets[rows], weights[rows]
-                logits = (h.to(dtype) @ table.T).to(weights.dtype)
+                h, t, w = hidden[rows].to(dtype), targets[rows], weights[rows]
+                logits = (h @ table.T).to(weights.dtype)
                 logits = logits if bias is None else logits.add_(bias)
                 logits = logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
-                chosen = logits.gather(1, t.clamp(min=0)[:, None])[:, 0]
-                slope = None if cap is None or d_hidden is None else 1 - (logits / cap).square_()
-                highest = logits.amax(1)
-                shares = logits.sub_(highest[:, None]).exp_()  # softmax, but for its divisor
-                divisor = shares.sum(1)
-                nats = torch.where(t >= 0, highest + divisor.log() - chosen, 0)
-                total += (nats * w).sum()
+                slope = None if cap is None else 1 - (logits / cap).square_()
+                total += (ops.cross_entropy(logits, t, w, gradient=with_gradient) * w).sum()
                 if d_hidden is None or d_head is None:
                     continue
-                d_logits = shares.mul_((w / divisor)[:, None])
-                d_logits.scatter_add_(1, t.clamp(min=0)[:, None], -w[:, None])
-                d_logits = d_logits if slope is None else d_logits.mul_(slope)
+                d_logits = logits if slope is None else logits.mul_(slope)
                 if d_bias is not None:
                     d_bias += d_logits.sum(0)
                 d_logits = d_logits.to(dtype)
-                d_hidden[rows] = (d_logits @ table).to(hidden.dtype)
+                d_hidden[rows] = d_logits @ table
                 if dtype == d_head.dtype:
-                    d_head.addmm_(d_logits.T, h.to(dtype))
+                    d_head.addmm_(d_logits.T, h, beta=float(start > 0))
+                elif start == 0:
+                    d_head.copy_(d_logits.T @ h)
                 else:
-                    d_head += d_logits.T @ h.to(dtype)
+                    d_head += d_logits.T @ h
+            if d_head is not None and len(hidden) == 0:
+                d_head.zero_()
         if d_hidden is not None and d_head is not None:
             kept = () if bias is None or d_bias is None else (d_bias.to(bias.dtype),)
             ctx.save_for_backward(d_hidden, d_head.to(head.dtype), *kept)
@@ -157,5 +149,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor | None, None]:
-        d_hidden, d_head, *rest = (saved * gradients[0].to(saved.dtype) for saved in ctx.saved_tensors)
+        (factor,), parts = gradients, ctx.saved_tensors
+        if factor.device.type != "cpu" or factor != 1:  # the head's gradient is large: no copy for nothing
+            parts = [saved * factor.to(saved.dtype) for saved in parts]
+        d_hidden, d_head, *rest = parts
         return d_hidden, d_head, None, None, rest[0] if rest else None, None

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bestiary.mixers.parts import RMSNorm
+
 
 class OuterRMSNorm(nn.Module):
     """The RMS norm whose epsilon is added to the root."""
@@ -27,7 +29,7 @@ class OuterRMSNorm(nn.Module):
         return (self.weight.to(wide.dtype) * y).to(x.dtype)
 
 
-NORMS: dict[str, Callable[..., nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm, "rms_outer": OuterRMSNorm}
+NORMS: dict[str, Callable[..., nn.Module]] = {"rms": RMSNorm, "layer": nn.LayerNorm, "rms_outer": OuterRMSNorm}
 
 
 @runtime_checkable

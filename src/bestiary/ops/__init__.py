@@ -1,6 +1,7 @@
 """The recurrences as pure functions; each file gives the equation, its definition, and a fast form."""
 
 from bestiary.ops.attention import KVCache, attention, empty_cache, remember
+from bestiary.ops.cross_entropy import cross_entropy
 from bestiary.ops.delta_rule import delta_rule, dplr
 from bestiary.ops.dispatch import active, full_precision, use
 from bestiary.ops.fft_convolution import Filter
@@ -18,6 +19,7 @@ from bestiary.ops.long_convolution import (
 from bestiary.ops.mimo_ssm import impulse_response, mimo_ssm
 from bestiary.ops.mlstm import MLSTMState, empty_mlstm, mlstm
 from bestiary.ops.monarch import block_diagonal, monarch
+from bestiary.ops.norm import rms_norm
 from bestiary.ops.rotary import positions, rotate, rotate_pairs, sum_angles
 from bestiary.ops.selective_scan import selective_scan
 from bestiary.ops.short_convolution import short_convolution
@@ -35,6 +37,7 @@ __all__ = [
     "attention",
     "bidirectional_convolution",
     "block_diagonal",
+    "cross_entropy",
     "delta_rule",
     "dense_ssm",
     "diagonal_ssm",
@@ -59,6 +62,7 @@ __all__ = [
     "positions",
     "real_ssm",
     "remember",
+    "rms_norm",
     "rotate",
     "rotate_pairs",
     "selective_scan",
