@@ -1,8 +1,9 @@
-"""A program of the tests: compiles a model by torch.compile and holds it against the plain one. `compiled.py WHAT ...`.
+"""A program of the tests: compiles models by torch.compile and holds them against plain ones: compiled.py WHAT LAYOUT ...
 
 It is a process of its own, since the runtime checks of shapes and types that tests run with cannot be traced.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -74,6 +75,12 @@ def forms() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    {"loss": loss, "rows": rows, "forms": forms}[sys.argv[1]](*sys.argv[2:])
+    what, *layouts = sys.argv[1:]
+    for layout in layouts:
+        torch.manual_seed(0)
+        print(what, layout, file=sys.stderr)
+        {"loss": loss, "rows": rows, "inductor": functools.partial(loss, backend="inductor")}[what](layout)
+        torch._dynamo.reset()
+    if what == "forms":
+        forms()
     print("the same")
