@@ -150,7 +150,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor | None, None]:
         (factor,), parts = gradients, ctx.saved_tensors
-        if factor.device.type != "cpu" or factor != 1:  # the head's gradient is large: no copy for nothing
+        if not numbers_at_hand(factor) or factor != 1:  # the head's gradient is large: no copy for nothing
             parts = [saved * factor.to(saved.dtype) for saved in parts]
         d_hidden, d_head, *rest = parts
         return d_hidden, d_head, None, None, rest[0] if rest else None, None

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bestiary.ops import dispatch
 from bestiary.ops.backends import backend, record
 
 CALLS: list[str] = []
@@ -211,6 +212,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[dict[s
     version_of: Callable[[str], str | None] = versions.get
     monkeypatch.setattr(backend, "version_of", version_of)
     monkeypatch.setattr(backend, "DEVICES", ("cpu",))
+    monkeypatch.setattr(dispatch, "compiled", lambda *_, **__: False)  # a GPU has none of our kernels
     monkeypatch.setenv("BESTIARY_CACHE", str(tmp_path))
     backend._import_error.cache_clear()
     record._read.cache_clear()
