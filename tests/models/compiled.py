@@ -1,4 +1,4 @@
-"""A program of the tests: compiles models by torch.compile and holds them against plain ones: compiled.py WHAT LAYOUT ...
+"""A program of the tests, compiled.py WHAT LAYOUT ...: models under torch.compile against plain ones.
 
 It is a process of its own, since the runtime checks of shapes and types that tests run with cannot be traced.
 """

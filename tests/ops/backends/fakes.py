@@ -212,9 +212,9 @@ def libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[dict[s
     monkeypatch.setattr(backend, "version_of", version_of)
     monkeypatch.setattr(backend, "DEVICES", ("cpu",))
     monkeypatch.setenv("BESTIARY_CACHE", str(tmp_path))
-    backend._import_error.cache_clear()
+    backend.import_error.cache_clear()
     record._read.cache_clear()
     CALLS.clear()
     yield versions
-    backend._import_error.cache_clear()
+    backend.import_error.cache_clear()
     record._read.cache_clear()
