@@ -214,9 +214,9 @@ def libraries(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[dict[s
     monkeypatch.setattr(backend, "DEVICES", ("cpu",))
     monkeypatch.setattr(dispatch, "compiled", lambda *_, **__: False)  # a GPU has none of our kernels
     monkeypatch.setenv("BESTIARY_CACHE", str(tmp_path))
-    backend._import_error.cache_clear()
+    backend.import_error.cache_clear()
     record._read.cache_clear()
     CALLS.clear()
     yield versions
-    backend._import_error.cache_clear()
+    backend.import_error.cache_clear()
     record._read.cache_clear()

@@ -277,3 +277,13 @@ def test_doctor_checks_records_and_tells_what_is_used(libraries, capsys, tmp_pat
     mixers.build("gla", 32)(torch.randn(1, 5, 32))
     mixers.build("kda", 32)(torch.randn(1, 5, 32))
     assert "chunk_gla" in fakes.CALLS and "chunk_kda" not in fakes.CALLS
+
+
+def test_a_library_that_does_not_import_is_told_and_not_called(libraries, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setitem(sys.modules, "fla.ops", None)  # fla itself imports without triton, its ops do not
+    with ops.use("fla"), pytest.raises(UsageError, match=r"fla\.ops does not import: ModuleNotFoundError"):
+        gated()
+    found("chunk_gla", "ok")
+    with ops.use("torch"):
+        own = gated()
+    assert torch.equal(gated(), own) and not fakes.CALLS

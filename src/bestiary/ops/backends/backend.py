@@ -40,7 +40,7 @@ class Library(NamedTuple):
             return f"{self.distribution} is not installed"
         if tuple(int(part) for part in re.findall(r"\d+", version)[: len(self.least)]) < self.least:
             return f"{self.distribution} is {version}, and {'.'.join(map(str, self.least))} is needed"
-        return _import_error(self.name) or self.lacks()
+        return import_error(self.name) or self.lacks()
 
 
 class Backend(NamedTuple):
@@ -83,7 +83,8 @@ def version_of(distribution: str) -> str | None:
 
 
 @functools.cache
-def _import_error(module: str) -> str | None:
+def import_error(module: str) -> str | None:
+    """Why a module does not import; None where it does."""
     try:
         importlib.import_module(module)
     except Exception as error:  # a library with compiled parts fails in many ways: all of them mean the same here

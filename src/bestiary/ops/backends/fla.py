@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bestiary.ops.backends.backend import Backend, Library
+from bestiary.ops.backends.backend import Backend, Library, import_error
 
 MOST_KEY_DIM = 256
 
-LIBRARY = Library("fla", "fla-core", (0, 5, 2))
+LIBRARY = Library("fla", "fla-core", (0, 5, 2), lambda: import_error("fla.ops"))  # fla itself imports without triton
 
 
 def _memory(state: Tensor) -> dict[str, Any]:
