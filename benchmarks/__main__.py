@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import time
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +13,7 @@ import torch
 import tyro
 
 import bestiary
-from benchmarks.harness import children, measure, write
+from benchmarks.harness import Work, children, measure, write
 from benchmarks.page import page
 from benchmarks.works import GROUPS
 from bestiary.errors import BestiaryError, unknown
@@ -34,12 +35,12 @@ class Benchmarks:
 
     Examples:
       python -m benchmarks
-      python -m benchmarks --works decode scan --rounds 9
+      python -m benchmarks --works decode scan-grad --rounds 9
       python -m benchmarks --forbid-avx512              as on a processor without it
     """
 
     works: tuple[str, ...] = ()
-    """Which groups; all by default."""
+    """Which groups, or single works of them by name; all by default."""
     rounds: int = 5
     """How often each contender runs, in turn with the others."""
     threads: int | None = None
@@ -53,10 +54,7 @@ class Benchmarks:
 def main() -> int:
     arguments = tyro.cli(Benchmarks, prog="python -m benchmarks", description=Benchmarks.__doc__)
     try:
-        groups = arguments.works or tuple(GROUPS)
-        for name in groups:
-            if name not in GROUPS:
-                raise unknown("work", name, GROUPS)
+        chosen = _chosen(arguments.works)
         if arguments.threads is not None:
             torch.set_num_threads(arguments.threads)
         threads = str(torch.get_num_threads())
@@ -72,20 +70,29 @@ def main() -> int:
             "threads": torch.get_num_threads(),
             "rounds": arguments.rounds,
         }
-        results, path = [], arguments.folder / ("avx2.jsonl" if arguments.forbid_avx512 else "results.jsonl")
-        for group in groups:
-            for work in GROUPS[group]():
-                with children(group, work, environment) as runs:
-                    results += measure(
-                        work, runs, rounds=arguments.rounds, say=lambda line: print(line, file=sys.stderr)
-                    )
-                write(results, about, path)  # after each: an interruption loses one work
-        print(page(path))
+        wide, narrow = arguments.folder / "results.jsonl", arguments.folder / "avx2.jsonl"
+        results, path, start = [], narrow if arguments.forbid_avx512 else wide, time.monotonic()
+        for group, work in chosen:
+            with children(group, work, environment) as runs:
+                results += measure(work, runs, rounds=arguments.rounds, say=lambda line: print(line, file=sys.stderr))
+            about["minutes"] = round((time.monotonic() - start) / 60, 1)
+            write(results, about, path)  # after each: an interruption loses one work
+        print(page(*(file for file in (wide, narrow) if file.exists())))
         print(f"wrote {path}")
     except BestiaryError as error:
         print(f"benchmarks: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _chosen(names: tuple[str, ...]) -> list[tuple[str, Work]]:
+    """Works with the groups that they are of; names are of either."""
+    works = [(group, work) for group, make in GROUPS.items() for work in make()]
+    known = {*GROUPS, *(work.name for _, work in works)}
+    for name in names:
+        if name not in known:
+            raise unknown("work", name, known)
+    return [(group, work) for group, work in works if not names or group in names or work.name in names]
 
 
 def _spelled(variables: dict[str, str]) -> str:

@@ -232,27 +232,36 @@ def _mambapy_train() -> Run:
     return _step(modules.parameters(), loss)
 
 
+def scan_inputs(time: int, channels: int = 1536) -> list[Tensor]:
+    """u, dt, A, B, C, D, z and the bias of dt, with 16 states a channel."""
+    torch.manual_seed(0)
+    u, dt, z = (torch.randn(1, time, channels) for _ in range(3))
+    A, B, C = -torch.rand(channels, 16), torch.randn(1, time, 16), torch.randn(1, time, 16)
+    return [u, dt, A, B, C, torch.randn(channels), z, torch.randn(channels)]
+
+
+def our_scan(live: list[Tensor]) -> Tensor:
+    """The scan with its softplus, skip and gate."""
+    u, dt, A, B, C, D, z, bias = live
+    return ops.selective_scan(u, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=True)[0]
+
+
+def pscan(live: list[Tensor]) -> Tensor:
+    """The same as mambapy has it."""
+    from mambapy.pscan import pscan as scan
+
+    u, dt, A, B, C, D, z, bias = live
+    step = F.softplus(dt + bias)
+    h = scan(torch.exp(step[..., None] * A), (step * u)[..., None] * B[:, :, None])
+    return ((h @ C[..., None])[..., 0] + D * u) * F.silu(z)
+
+
 def scan() -> list[Work]:
     """The selective scan alone: 1536 channels, 16 states."""
     time = 2048
 
-    def forward(live: list[Tensor]) -> Tensor:
-        u, dt, A, B, C, D, z, bias = live
-        return ops.selective_scan(u, dt, A, B, C, D, z=z, dt_bias=bias, dt_softplus=True)[0]
-
-    def pscan(live: list[Tensor]) -> Tensor:
-        from mambapy.pscan import pscan as scan
-
-        u, dt, A, B, C, D, z, bias = live
-        step = F.softplus(dt + bias)
-        h = scan(torch.exp(step[..., None] * A), (step * u)[..., None] * B[:, :, None])
-        return ((h @ C[..., None])[..., 0] + D * u) * F.silu(z)
-
     def prepare(y: Callable[[list[Tensor]], Tensor], gradients: bool, form: str | None = None) -> Run:
-        torch.manual_seed(0)
-        u, dt, z = (torch.randn(1, time, 1536) for _ in range(3))
-        A, B, C = -torch.rand(1536, 16), torch.randn(1, time, 16), torch.randn(1, time, 16)
-        live = [x.requires_grad_(gradients) for x in (u, dt, A, B, C, torch.randn(1536), z, torch.randn(1536))]
+        live = [x.requires_grad_(gradients) for x in scan_inputs(time)]
 
         def run() -> None:
             if form is None:
@@ -271,9 +280,9 @@ def scan() -> list[Work]:
         ("scan-grad", "The same with gradients", True, 50.0),
     ):
         contenders = {
-            "bestiary": Contender(lambda g=gradients: prepare(forward, g, "native")),
+            "bestiary": Contender(lambda g=gradients: prepare(our_scan, g, "native")),
             "mambapy pscan": Contender(lambda g=gradients: prepare(pscan, g), target),
-            "bestiary in PyTorch": Contender(lambda g=gradients: prepare(forward, g, "torch")),
+            "bestiary in PyTorch": Contender(lambda g=gradients: prepare(our_scan, g, "torch")),
         }
         found.append(Work(name, f"{title}, {time} steps", contenders, time, "step"))
     return found

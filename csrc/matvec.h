@@ -144,6 +144,38 @@ inline void panel_times(const char* panel, i64 inputs, const float* x, vf (&sum)
     }
 }
 
+// The same in format 1, a pair of inputs at a time; x is as long as whole groups.
+template <int R>
+inline void panel_times_bf16(const char* panel, i64 inputs, const float* x, vf (&sum)[R][V]) {
+  constexpr int U = R <= 2 ? 2 : 1, S = R <= 4 ? 2 : 1;  // pairs at once; sums for the two of a pair
+  vf part[U][S][R][V] = {};
+  const i64 pairs = (inputs + 1) / 2;
+  auto add = [&](i64 k, int u) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) {
+      vi both;
+      std::memcpy(&both, panel + (k * P + v * W) * 4, sizeof both);
+      const vf low = floats(both << 16), high = floats(both & static_cast<std::int32_t>(0xFFFF0000));
+#pragma GCC unroll 8
+      for (int r = 0; r < R; r++) {
+        part[u][0][r][v] += low * x[2 * k * R + r];
+        part[u][S - 1][r][v] += high * x[(2 * k + 1) * R + r];
+      }
+    }
+  };
+  i64 k = 0;
+  for (; k + U <= pairs; k += U)
+#pragma GCC unroll 2
+    for (int u = 0; u < U; u++) add(k + u, u);
+  for (; k < pairs; k++) add(k, 0);
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < V; v++) {
+      sum[r][v] = vf{};
+      for (int u = 0; u < U; u++)
+        for (int i = 0; i < S; i++) sum[r][v] += part[u][i][r][v];
+    }
+}
+
 // The same in format 3: GROUP / 2 times 16 bytes, then 16 scales; x is as long as whole groups.
 template <int R>
 inline void panel_times_int4(const char* panel, i64 inputs, const float* x, vf (&sum)[R][V]) {
@@ -172,6 +204,7 @@ inline void rows_times(const Matrix& m, i64 panel, const float* x, float* y, i64
   vf sum[R][V];
   const char* data = static_cast<const char*>(m.data) + panel * panel_bytes(F, m.inputs);
   if constexpr (F == 3) panel_times_int4<R>(data, m.inputs, x, sum);
+  else if constexpr (F == 1) panel_times_bf16<R>(data, m.inputs, x, sum);
   else panel_times<F, R>(data, m.inputs, x, sum);
   for (int v = 0; v < V; v++) {
     const i64 n = panel * P + v * W, rest = m.outputs - n;

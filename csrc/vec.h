@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define BESTIARY_BYTES 64
 #elif defined(__AVX2__)
@@ -54,8 +58,17 @@ inline vf floats(vi x) {
   return y;
 }
 // Comparisons with NaN are false: b where a is NaN, so that a NaN in b survives.
+// GCC makes two instructions of a comparison and a choice where one does the same.
+#if defined(__AVX512F__)
+inline vf larger(vf a, vf b) { return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b))); }
+inline vf smaller(vf a, vf b) { return reinterpret_cast<vf>(_mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b))); }
+#elif defined(__AVX2__)
+inline vf larger(vf a, vf b) { return reinterpret_cast<vf>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b))); }
+inline vf smaller(vf a, vf b) { return reinterpret_cast<vf>(_mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b))); }
+#else
 inline vf larger(vf a, vf b) { return a > b ? a : b; }
 inline vf smaller(vf a, vf b) { return a < b ? a : b; }
+#endif
 inline float sum(vf x) {
   float s[W];
   store(s, x);
@@ -76,7 +89,8 @@ inline vf less_one(vf r) {
 
 // exp(x), within 1 ulp for -87.3 < x < 88.3; 0 below, infinite above; NaN stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2.
 inline vf exp(vf x) {
-  const float low = -87.33654f, high = 88.37626f, magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  // above `high` n is 128, and the scale infinite
+  const float low = -87.33654f, high = 88.5f, magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
   vf y = smaller(all(high), larger(all(low), x));
   vf t = y * 1.44269504089f + magic;
   vf n = t - magic;
@@ -85,8 +99,7 @@ inline vf exp(vf x) {
   vf p = less_one(r) + 1.0f;
   vf scale = floats((bits(t) << 23) + 0x3F800000);
   vf e = p * scale;
-  e = x < all(low) ? vf{} : e;
-  return x > all(high) ? all(__builtin_inff()) : e;
+  return x < all(low) ? vf{} : e;
 }
 
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }

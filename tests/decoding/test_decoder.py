@@ -138,6 +138,31 @@ def test_states_that_were_given_away_are_written_over_and_caches_have_room() -> 
         assert close(fast(tokens[:, :3], remembered)[0], model(torch.cat([tokens, tokens[:, :3]], 1))[0][:, -3:])
 
 
+def test_a_state_that_is_given_away_again_and_again_is_followed_wherever_it_is() -> None:
+    """Steps that write over their state, others in between that do not, another session's, and a fork's."""
+    model = make("mamba rwkv7 gated_delta_net hgrn rwkv7")
+    fast, tokens = model.packed("fp32"), torch.randint(50, (12, 2))
+    with torch.no_grad():
+        expected, theirs = [], model.initial_state(2)
+        for token in tokens:
+            logits, theirs = model.step(token, theirs)
+            expected.append(logits)
+        ours, other = model.initial_state(2), model.initial_state(2)
+        for i, token in enumerate(tokens):
+            if i % 4 == 3:  # a step that leaves the given state alone, taken twice
+                assert close(fast.step(token, ours)[0], expected[i])
+                found, ours = fast.step(token, ours)
+            else:
+                with state.in_place():
+                    found, ours = fast.step(token, ours)
+            assert close(found, expected[i])
+            if i % 5 == 4:
+                with state.in_place():
+                    _, other = fast.step(token, other)
+            if i == 6:
+                ours = state.fork(ours)
+
+
 def test_generation_is_the_models_own() -> None:
     model = make("mamba attention hgrn")
     prompts = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]

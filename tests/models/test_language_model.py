@@ -147,3 +147,10 @@ def test_the_state_of_another_model_is_refused(tmp_path) -> None:
         states.load(tmp_path / "state", model=other)
     with pytest.raises(UsageError, match="1 layers, the model 2"):
         other(TOKENS, state)
+
+
+def test_a_large_model_has_a_fingerprint() -> None:
+    """In fp32 the index of the last of 50280 * 768 numbers is one beyond it."""
+    model = LanguageModel(ModelConfig("gru", 32, 3)).requires_grad_(False)
+    model.head.weight = model.embedding.weight = torch.nn.Parameter(torch.zeros(50280, 768), requires_grad=False)
+    assert len(model.fingerprint()) == 16

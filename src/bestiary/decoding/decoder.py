@@ -93,14 +93,25 @@ class _Plan:
                 piece = Piece(rows)
             x = y
         self._close(piece)
+        (only, *others) = self.stretches
+        self.whole = None if others or isinstance(only, Layer) or only.grows else only
+        self.last: Any = None  # the state that the last step left, if the whole model is one program
 
     def _close(self, piece: Piece) -> None:
-        if piece.layers:
+        if not piece.layers:
+            return
+        try:
             piece.close()
             self.stretches.append(piece)
+        except Unsupported as error:
+            self.stretches.extend(piece.layers)
+            for layer in piece.layers:
+                self.why_not[layer.index] = str(error)
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         x = embedded = self.model.embed(tokens)
+        if self.whole is not None and state is self.last and states.may_write():
+            return self.whole.again(x), state
         context, after = Context(embeddings=embedded[:, None]), list[Any]()
         before = (*state.layers, states.Empty())
         for stretch in self.stretches:
@@ -110,4 +121,6 @@ class _Plan:
             else:
                 x, layers = stretch.run(x, before[stretch.first : stretch.first + len(stretch.layers)], context)
                 after.extend(layers)
-        return x, type(state)(tuple(after[:-1]))
+        state = type(state)(tuple(after[:-1]))
+        self.last = None if self.whole is None else state
+        return x, state

@@ -45,6 +45,7 @@ class Piece:
         self.hears = False
         self.samples: tuple[Tensor, Tensor, Tensor | None] | None = None
         self.program: Program | None = None
+        self.moved = False  # whether the last step left its new state beside the old one
 
     @property
     def first(self) -> int:
@@ -144,7 +145,7 @@ class Piece:
             size = theirs.abs().max().item() if theirs.numel() else 0.0
             same = ours.shape == theirs.shape and (ours - theirs).abs().le(TOLERANCE * size + 1e-30).all().item()
             if not same:
-                raise RuntimeError(f"a program computes another {name} than its layers")
+                raise Unsupported(f"its program computes another {name}")
 
     def run(self, x: Tensor, before: Sequence[Any], context: Context) -> tuple[Tensor, list[Any]]:
         """One step: (result, each layer's new state)."""
@@ -174,10 +175,29 @@ class Piece:
                 made.append(result)
             after.append(rebuilt(state, iter(made)))
         self.program.run()
+        self.moved = not write
         if self.said is not None:
             at, shape = self.said
             context.v_first = self.program.workspace[at : at + math.prod(shape)].reshape(shape).clone()
         return y, after
+
+    def again(self, x: Tensor) -> Tensor:
+        """One step more from the state that `run` left, which is written over; x is the embedding as well."""
+        assert self.program is not None
+        regions, y, x = self.program.regions, buffer(*self.shape), x.contiguous()
+        if self.moved:  # what was new is old now, and new again
+            for layer in self.layers:
+                for leaf in layer.leaves:
+                    regions[leaf.old] = regions[leaf.new]
+            self.moved = False
+        regions[self.input], regions[self.output], regions[self.embedded] = x.data_ptr(), y.data_ptr(), x.data_ptr()
+        self.program.run()
+        return y
+
+    @property
+    def grows(self) -> bool:
+        """Whether some state has caches, which need room."""
+        return any(leaf.counter is not None for layer in self.layers for leaf in layer.leaves)
 
 
 def rebuilt(state: Any, leaves: Iterator[Tensor]) -> Any:

@@ -233,6 +233,7 @@ class LanguageModel(nn.Module):
         digest = hashlib.sha256(self.config.to_json().encode())
         for name, parameter in self.named_parameters():
             flat = parameter.detach().flatten()
-            sample = flat[torch.linspace(0, flat.numel() - 1, min(flat.numel(), 256), device=flat.device).long()]
+            index = torch.linspace(0, flat.numel() - 1, min(flat.numel(), 256), device=flat.device).long()
+            sample = flat[index.clamp(max=flat.numel() - 1)]  # fp32 rounds the last one up in large tensors
             digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bestiary import ops
 
-CHUNK_ELEMENTS = 1 << 22  # logits in memory at a time: 16 MiB in fp32
+CHUNK_ELEMENTS = 1 << 24  # logits in memory at a time: 64 MiB in fp32; a product of few rows is a slow one
 
 
 class Head(nn.Linear):
@@ -79,9 +79,7 @@ def logit_nats(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"
 
 
 def _rows(head: Tensor) -> int:
-    """Rows whose logits are in memory at a time: more where the head is large: each adds to its gradient."""
-    vocab, d_model = head.shape
-    return max(1, CHUNK_ELEMENTS // vocab, d_model // 3)
+    return max(1, CHUNK_ELEMENTS // head.shape[0])
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
@@ -115,6 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_head = torch.empty_like(head, dtype=weights.dtype) if with_gradient else None
         d_bias = torch.zeros_like(bias, dtype=weights.dtype) if with_gradient and bias is not None else None
         dtype, size = _matmul_dtype(hidden), _rows(head)
+        size = max(1, -(-len(hidden) // max(1, -(-len(hidden) // size))))  # as many chunks as must be, but even ones
         table = head.to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, hidden.shape[0], size):
@@ -123,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = (h @ table.T).to(weights.dtype)
                 logits = logits if bias is None else logits.add_(bias)
                 logits = logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
-                slope = None if cap is None else 1 - (logits / cap).square_()
+                slope = None if cap is None or d_hidden is None else 1 - (logits / cap).square_()
                 total += (ops.cross_entropy(logits, t, w, gradient=with_gradient) * w).sum()
                 if d_hidden is None or d_head is None:
                     continue
@@ -134,10 +133,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_hidden[rows] = d_logits @ table
                 if dtype == d_head.dtype:
                     d_head.addmm_(d_logits.T, h, beta=float(start > 0))
-                elif start == 0:
-                    d_head.copy_(d_logits.T @ h)
                 else:
-                    d_head += d_logits.T @ h
+                    d_head.copy_(d_logits.T @ h) if start == 0 else d_head.add_(d_logits.T @ h)
             if d_head is not None and len(hidden) == 0:
                 d_head.zero_()
         if d_hidden is not None and d_head is not None:

@@ -6,6 +6,7 @@ C++ compiler was there. BESTIARY_KERNELS=off switches them off, BESTIARY_KERNELS
 
 import ctypes
 import functools
+import math
 import os
 import platform
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch  # first: it brings the OpenMP library that the kernels then share
 from torch import Tensor
 
 from bestiary.errors import UsageError
+from bestiary.ops.native import memory
 
 VARIABLE = "BESTIARY_KERNELS"
 VERSION = 3  # of the C interface
@@ -86,7 +88,10 @@ def refuses(*tensors: Tensor | None) -> str | None:
 
 def buffer(*shape: int) -> Tensor:
     """A new tensor for a kernel to write into, whatever torch's default dtype and device are."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
+    count = math.prod(shape)
+    if 4 * count < memory.LEAST:
+        return torch.empty(shape, dtype=torch.float32, device="cpu")
+    return memory.numbers(count).view(shape)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -1,15 +1,13 @@
 """Matrices packed for products with few rows, in fp32, bf16, int8 or int4 (csrc/matvec.h)."""
 
-import contextlib
 import ctypes
-import mmap
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from bestiary.errors import UsageError, unknown
-from bestiary.ops.native import traced
+from bestiary.ops.native import memory, traced
 from bestiary.ops.native.library import buffer, check_shapes, load, pointer
 
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
@@ -17,33 +15,6 @@ FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 PANEL = 16
 FEW_ROWS = 32
 """So many rows at most a step of decoding has in one program."""
-
-
-LARGE_PAGE, CHUNK = 1 << 21, 1 << 25
-
-
-class _Arena:
-    """Memory for packed weights, in large pages where the system has them: a token then reads up to a fifth faster."""
-
-    def __init__(self) -> None:
-        self.rest = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-    def room(self, size: int) -> Tensor:
-        """So many bytes, at the start of a cache line; a chunk lives as long as what was given of it."""
-        whole = -(-size // 64) * 64
-        if not hasattr(mmap, "MADV_HUGEPAGE"):
-            return torch.empty(size, dtype=torch.uint8, device="cpu")
-        if len(self.rest) < whole:
-            chunk = mmap.mmap(-1, max(whole, CHUNK) + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            with contextlib.suppress(OSError):  # a system without large pages
-                chunk.madvise(mmap.MADV_HUGEPAGE)
-            memory = torch.frombuffer(chunk, dtype=torch.uint8)
-            self.rest = memory[-memory.data_ptr() % LARGE_PAGE :]
-        found, self.rest = self.rest[:size], self.rest[whole:]
-        return found
-
-
-_arena = _Arena()
 
 
 class _Matrix(ctypes.Structure):
@@ -89,7 +60,7 @@ class PackedMatrix:
         check_shapes("a packed matrix", ("its bias", bias, self.shape[:1]))
         weight = weight.detach().to(torch.float32).contiguous()
         size = self.library.bestiary_pack_bytes(FORMATS[form], *self.shape)
-        self.data = _arena.room(size)
+        self.data = memory.weights(size)
         self.scales = buffer(-(-self.shape[0] // PANEL) * PANEL if form == "int8" else 0)
         self.bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
         self.fields = _Matrix(

@@ -1,0 +1,49 @@
+"""Blocks of memory are used again when nobody needs them, never before, and only so many are kept."""
+
+import gc
+
+import torch
+
+from bestiary.ops.native import memory
+
+
+def test_a_block_is_used_again_when_its_tensors_are_gone() -> None:
+    pool = memory._pool
+    first = memory.numbers(1 << 20)
+    address, view = first.data_ptr(), first.view(1 << 10, -1)[3:]
+    del first
+    second = memory.numbers(1 << 20)
+    assert second.data_ptr() != address  # a view still needs it
+    del view
+    gc.collect()
+    assert any(block.ctypes.data == address for block in pool.free)
+    assert address % memory.LARGE_PAGE == 0
+    found = [memory.numbers(1 << 20) for _ in range(len(pool.free) + 1)]
+    assert address in [tensor.data_ptr() for tensor in found]
+    assert len({tensor.data_ptr() for tensor in (*found, second)}) == len(found) + 1
+
+
+def test_little_is_kept_and_a_small_tensor_takes_no_large_block() -> None:
+    pool = memory.Pool()
+    kept = [memory.mapped(memory.LARGE_PAGE) for _ in range(memory.MOST_KEPT // memory.LARGE_PAGE + 3)]
+    for block in kept:
+        pool.give_back(block)
+    assert pool.kept == memory.MOST_KEPT and pool.free[-1] is kept[-1]
+    pool.free, pool.kept = [memory.mapped(1 << 25)], 1 << 25
+    pool.numbers(memory.LEAST // 4)
+    assert pool.kept == 1 << 25
+
+
+def test_tensors_in_blocks_are_tensors_like_others() -> None:
+    x = memory.numbers(3 << 18).view(3, -1)
+    x.fill_(2.0)
+    y = (x.clone().requires_grad_() * x).sum()
+    y.backward()
+    assert y.item() == 12.0 * (1 << 18) and x.dtype == torch.float32 and x.is_contiguous()
+
+
+def test_weights_lie_side_by_side_at_cache_lines() -> None:
+    room = memory.Arena().room
+    first, second = room(100), room(5)
+    assert second.data_ptr() - first.data_ptr() == 128 and first.data_ptr() % 64 == 0
+    assert len(room(memory.CHUNK + 1)) == memory.CHUNK + 1
