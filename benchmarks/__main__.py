@@ -2,9 +2,10 @@
 
 import os
 import platform
+import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 import tyro
 
 import bestiary
-from benchmarks.harness import Work, children, measure, write
+from benchmarks.harness import Work, children, measure, read, write
 from benchmarks.page import page
 from benchmarks.works import GROUPS
 from bestiary.errors import BestiaryError, unknown
@@ -71,11 +72,17 @@ def main() -> int:
             "rounds": arguments.rounds,
         }
         wide, narrow = arguments.folder / "results.jsonl", arguments.folder / "avx2.jsonl"
-        results, path, start = [], narrow if arguments.forbid_avx512 else wide, time.monotonic()
+        path, start, source = narrow if arguments.forbid_avx512 else wide, time.monotonic(), _source()
+        done = {result.work: [] for result in read(path)[1]} if path.exists() else {}
+        for result in read(path)[1] if path.exists() else ():
+            done[result.work].append(result)  # works that are not run now stay as they are
         for group, work in chosen:
             with children(group, work, environment) as runs:
-                results += measure(work, runs, rounds=arguments.rounds, say=lambda line: print(line, file=sys.stderr))
+                found = measure(work, runs, rounds=arguments.rounds, say=lambda line: print(line, file=sys.stderr))
+            done[work.name] = [replace(result, source=source) for result in found]
             about["minutes"] = round((time.monotonic() - start) / 60, 1)
+            order = [work.name for _, work in _chosen(())]
+            results = [result for name in sorted(done, key=order.index) for result in done[name]]
             write(results, about, path)  # after each: an interruption loses one work
         print(page(*(file for file in (wide, narrow) if file.exists())))
         print(f"wrote {path}")
@@ -93,6 +100,17 @@ def _chosen(names: tuple[str, ...]) -> list[tuple[str, Work]]:
         if name not in known:
             raise unknown("work", name, known)
     return [(group, work) for group, work in works if not names or group in names or work.name in names]
+
+
+def _source() -> str:
+    """The commit of these sources, with a + where they were changed since."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return bestiary.__version__
+    return commit.stdout.strip() + "+" * bool(changed.stdout.strip())
 
 
 def _spelled(variables: dict[str, str]) -> str:

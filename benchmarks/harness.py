@@ -84,6 +84,8 @@ class Result:
     note: str = ""
     per: float = 0.0
     unit: str = ""
+    source: str = ""
+    """Of which sources of ours this is a result."""
     computes_with: str = ""
 
 

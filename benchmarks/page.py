@@ -25,12 +25,12 @@ def page(main: Path, narrow: Path | None = None) -> str:
     ]
     lines += [f"- {key}: {value}" for key, value in about.items()]
     if narrow:
-        lines += ["- the last column is another run of everything, with AVX-512 forbidden to all that can be told:"]
+        lines += ["- the last column is another run, with AVX-512 forbidden to all that can be told:"]
         lines += [f"  {other.get('kernels', '')}, {other.get('date', '')}"]
     works = dict.fromkeys(result.work for result in results)
     for work in works:
         rows = [result for result in results if result.work == work]
-        lines += ["", f"## {rows[0].title}", "", HEAD]
+        lines += ["", f"## {rows[0].title}", "", *([f"Sources {rows[0].source}.", ""] if rows[0].source else []), HEAD]
         lines += [_row(result, ratios.get((work, result.contender))) for result in rows]
     return "\n".join(lines) + "\n"
 

@@ -1,6 +1,8 @@
 """Hyena: it is its formula, with trivial filters a gate, and it decodes exactly beyond the reach of its filter."""
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -137,3 +139,82 @@ def test_decoding_is_exact_at_every_length_and_beyond_l_max(prompt: int) -> None
     assert mixer.filter.taps(50, torch.float64)[:, 1:].abs().mean() > 0.01
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-11 * whole.abs().max().item())
     assert state.nbytes(past) == 2 * (D * (2 * 3 + 2 * 64) * 8 + 3 * 8)
+
+
+def _added(mixer: Hyena) -> None:
+    mixer.filter.last.weight.add_(0.1)
+
+
+def _stepped(mixer: Hyena) -> None:
+    optimizer = torch.optim.AdamW(mixer.parameters(), lr=0.1)
+    with torch.enable_grad():
+        mixer(torch.randn(1, 40, D, dtype=torch.float64))[0].square().sum().backward()
+    optimizer.step()
+
+
+def _loaded(mixer: Hyena) -> None:
+    mixer.load_state_dict(restless(hyena()).state_dict())
+
+
+def _assigned(mixer: Hyena) -> None:
+    for _ in range(2):  # the second may stand where the first parameters stood
+        mixer.load_state_dict({k: v.clone() for k, v in restless(hyena()).state_dict().items()}, assign=True)
+
+
+def _rounded(mixer: Hyena) -> None:
+    mixer.bfloat16().double()
+
+
+def _drawn(mixer: Hyena) -> None:
+    mixer.filter.reset_parameters()
+
+
+@pytest.mark.parametrize("change", [_added, _stepped, _loaded, _assigned, _rounded, _drawn])
+def test_no_transform_outlives_the_parameters_it_was_made_of(change: Callable[[Hyena], None]) -> None:
+    mixer, x = hyena(), torch.randn(1, 50, D, dtype=torch.float64)
+
+    def outputs(mixer: Hyena) -> list[Tensor]:
+        """Of a segment, of one more, of steps through a window."""
+        y, past = mixer(x[:, :40])
+        parts = [y]
+        for a, b in [(40, 45), *((t, t + 1) for t in range(45, 50))]:
+            y, past = mixer(x[:, a:b], past)
+            parts.append(y)
+        return parts
+
+    with torch.no_grad():
+        for _ in range(3):
+            before = outputs(restless(mixer))
+            change(mixer)
+            found = outputs(mixer)
+            fresh = hyena()
+            fresh.load_state_dict(mixer.state_dict())
+            assert not torch.allclose(found[0], before[0], rtol=0, atol=1e-12)
+            for a, b in zip(found, outputs(fresh)):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_filters_keep_transforms_in_inference_alone_and_in_no_checkpoint() -> None:
+    mixer, x = hyena(), torch.randn(1, 30, D, dtype=torch.float64)
+    names = list(mixer.state_dict())
+    with torch.no_grad():
+        mixer(x)
+        kept = mixer.filter.remembered.value
+        assert kept.nbytes > 0 and list(mixer.state_dict()) == names
+        mixer(x)
+        assert mixer.filter.remembered.value is kept
+        assert copy.deepcopy(mixer).filter.remembered.value is None
+    mixer(x)
+    assert mixer.filter.remembered.value is None
+
+
+def test_inference_mode_computes_the_same() -> None:
+    mixer, x = restless(hyena()), torch.randn(2, 50, D, dtype=torch.float64)
+    wanted, _ = mixer(x)
+    with torch.inference_mode():
+        for _ in range(2):
+            torch.testing.assert_close(mixer(x)[0], wanted.detach(), rtol=0, atol=1e-12)
+        made = restless(hyena())  # its parameters count no changes
+        first = made(x)[0]
+        made.filter.last.weight.add_(0.1)
+        assert not torch.allclose(made(x)[0], first)

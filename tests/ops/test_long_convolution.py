@@ -119,10 +119,10 @@ def test_online_work_grows_by_a_little_more_than_the_length(monkeypatch: pytest.
         spent += x.shape[1] ** 2 if x.shape[1] <= module.DIRECT_TILE else 0
         return tile(x, kernel)
 
-    def counted_convolve(x: torch.Tensor, kernel: torch.Tensor, first: int) -> torch.Tensor:
+    def counted_convolve(x: torch.Tensor, filter: ops.Filter, first: int, last: int, use: str) -> torch.Tensor:
         nonlocal spent
-        spent += 2 * x.shape[1] * x.shape[1].bit_length()
-        return convolve(x, kernel, first)
+        spent += 2 * last * last.bit_length()
+        return convolve(x, filter, first, last, use)
 
     module = long_convolution_module
     tile, convolve = module._tile, module.convolve

@@ -18,6 +18,8 @@ from bestiary import ops
 from bestiary.cli.common import parse, write_json
 from bestiary.data.corpora import PUBLISHED
 from bestiary.data.files import cache_folder
+from bestiary.ops import backends
+from bestiary.ops.backends import check, record
 from bestiary.ops.native import load
 from bestiary.studies.speed import machine
 
@@ -31,25 +33,30 @@ class Doctor:
 
     Examples:
       bestiary doctor
+      bestiary doctor --check-backend
       bestiary doctor --json doctor.json
     """
 
+    check_backend: bool = False
+    """Compare what other libraries' kernels compute on this GPU with our definitions, gradients included, and keep the
+    findings: only functions that computed the same are used."""
     json: Path | None = None
     """Write the findings here too."""
 
 
 def main(argv: list[str]) -> int:
     arguments = parse(Doctor, argv, "doctor")
-    found = examine()
     console = Console()
-    for title in ("versions", "machine", "extras", "corpora"):
+    checked = _check_backends(console) if arguments.check_backend else None
+    found = examine()
+    for title in ("versions", "machine", "extras", "corpora", "GPU libraries"):
         console.print(_table(title, found[title]))
     table = Table("op", "form", "why", title="ops", title_justify="left")
     for op, choice in found["ops"].items():
         table.add_row(op, choice["form"], choice["why"])
     console.print(table)
     console.print(found["verdict"], highlight=False)
-    write_json(arguments.json, found)
+    write_json(arguments.json, found if checked is None else found | {"checked": checked})
     return 0
 
 
@@ -67,9 +74,45 @@ def examine() -> dict[str, Any]:
         "extras": {name: _version(name) or f"not installed ({what})" for name, what in EXTRAS.items()},
         "corpora": {"cache": str(cache_folder())}
         | {name: "fetched" if corpus.archive.cached() else "not fetched yet" for name, corpus in PUBLISHED.items()},
+        "GPU libraries": _libraries(),
         "ops": ops.active(),
         "verdict": _verdict(),
     }
+
+
+def _libraries() -> dict[str, str]:
+    """What of other libraries is there and, on a GPU, which of their functions are used, or why not."""
+    facts = {}
+    for library in backends.LIBRARIES.values():
+        facts[library.distribution] = library.version() or "not installed"
+    gpu = _gpu()
+    return facts | ({"used": "none of them: there is no CUDA GPU here"} if gpu is None else backends.standing(gpu))
+
+
+def _gpu() -> torch.device | None:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+def _check_backends(console: Console) -> list[dict[str, str]]:
+    """Run the comparison, print what came of it, a line a function and dtype."""
+    for library in backends.LIBRARIES.values():
+        why_not = library.missing()
+        console.print(why_not or f"{library.distribution} {library.version()}", highlight=False)
+    gpu = _gpu()
+    if gpu is None:
+        console.print("Nothing was compared: these kernels run on CUDA GPUs, and there is none here.", highlight=False)
+        return []
+    table, findings = (
+        Table("function", "dtype", "verdict", "what was found", title="backends", title_justify="left"),
+        [],
+    )
+    for finding in check.run(gpu):
+        table.add_row(*finding)
+        findings.append(finding._asdict())
+    if findings:
+        console.print(table)
+        console.print(f"Recorded in {record.path()}.", highlight=False, soft_wrap=True)
+    return findings
 
 
 def _verdict() -> str:

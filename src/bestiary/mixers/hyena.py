@@ -113,8 +113,14 @@ class ImplicitFilter(nn.Module):
 
     def forward(self, lags: int, dtype: torch.dtype) -> Float[Tensor, "channels lags"]:
         """The first `lags` taps, at most l_max, computed in `dtype`."""
-        lags = min(lags, self.l_max)
-        return self.remembered.get(self.parameters(), lambda: self.taps(lags, dtype), lags, dtype)
+        return self.known(lags, dtype).taps
+
+    def known(self, lags: int, dtype: torch.dtype) -> ops.Filter:
+        """The same with its transforms: without gradients, all is kept as long as the parameters are as they were."""
+        lags, keeps = min(lags, self.l_max), not torch.is_grad_enabled()
+        return self.remembered.get(
+            self.parameters(), lambda: ops.Filter(self.taps(lags, dtype), keeps=keeps), lags, dtype
+        )
 
     def taps(self, lags: int, dtype: torch.dtype) -> Float[Tensor, "channels lags"]:
         place: dict[str, Any] = {"dtype": dtype, "device": self.frequency.device}
@@ -217,6 +223,6 @@ class Hyena(Mixer):
         x0, x1, v = x.chunk(3, dim=-1)
         v = keep_real(x1 * v, lengths)
         with ops.full_precision(x):
-            kernel = self.filter(self.l_max, state.past.inputs.dtype)
+            kernel = self.filter.known(self.l_max, state.past.inputs.dtype)
         v, past = ops.long_convolution(v, kernel, self.beta, state=state.past, lengths=lengths)
         return x0 * v, HyenaState(history, past)

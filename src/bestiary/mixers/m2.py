@@ -55,7 +55,7 @@ class TwoSidedConvolution(nn.Module):
         """x is zero past each row's length."""
         dtype = wide(x.dtype, self.beta.dtype)
         with ops.full_precision(x):
-            k, r = (implicit(implicit.l_max, dtype) for implicit in (self.ahead, self.back))
+            k, r = (implicit.known(implicit.l_max, dtype) for implicit in (self.ahead, self.back))
         return ops.bidirectional_convolution(x, k, r, self.beta)
 
 

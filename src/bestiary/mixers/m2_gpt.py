@@ -62,7 +62,7 @@ class CausalConvolution(nn.Module):
         lengths: Int[Tensor, " batch"] | None,
     ) -> tuple[Float[Tensor, "batch time channels"], ops.ConvolutionState]:
         with ops.full_precision(x):
-            kernel = self.filter(self.filter.l_max, past.inputs.dtype)
+            kernel = self.filter.known(self.filter.l_max, past.inputs.dtype)
         return ops.long_convolution(x, kernel, self.beta, state=past, lengths=lengths)
 
 

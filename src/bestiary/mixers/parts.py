@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from bestiary import ops
 from bestiary.errors import UsageError, unknown
-from bestiary.mixers.base import keep_real
+from bestiary.mixers.base import keep_real, numbers_at_hand
 from bestiary.mixers.context import Context
 from bestiary.ops.short_convolution import last_inputs
 
@@ -199,7 +199,7 @@ def time_gaps(
     if gaps.shape != x.shape[:2]:
         raise UsageError(f"intervals must be of shape {tuple(x.shape[:2])}, one a step, not {tuple(gaps.shape)}")
     gaps = keep_real(gaps.to(dtype), lengths)
-    if gaps.device.type == "cpu" and gaps.numel() and not gaps.min() >= 0:
+    if numbers_at_hand(gaps) and not gaps.min() >= 0:
         raise UsageError("intervals must be at least 0: time does not run backwards")
     return gaps
 
@@ -271,14 +271,20 @@ class Remembered:
     def __init__(self) -> None:
         self.key: Any = None
         self.value: Any = None
+        self.held: list[Tensor] = []
 
     def get(self, parameters: Iterable[Tensor], compute: Callable[[], T], *also: Any) -> T:
         """`compute()`, or what it gave for the same parameters and the same further arguments."""
-        if torch.is_grad_enabled():
+        if torch.compiler.is_compiling():
+            return compute()
+        parameters = list(parameters)
+        if torch.is_grad_enabled() or any(p.is_inference() for p in parameters):  # the latter do not count changes
+            self.key, self.value, self.held = None, None, []
             return compute()
         key = (*((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters), also)
         if key != self.key:
-            self.key, self.value = key, compute()
+            # held: no other parameter can stand at their addresses as long as these are compared
+            self.key, self.value, self.held = key, compute(), [p.detach() for p in parameters]
         return self.value
 
     def __deepcopy__(self, memo: Any) -> "Remembered":

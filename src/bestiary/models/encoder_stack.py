@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bestiary.errors import UsageError
 from bestiary.mixers import Context
-from bestiary.mixers.base import check_lengths, keep_real, real_steps
+from bestiary.mixers.base import check_lengths, keep_real, numbers_at_hand, real_steps
 from bestiary.mixers.context import unpack
 from bestiary.models.encoder_config import EncoderConfig
 from bestiary.models.layout import Layer, build_blocks
@@ -127,7 +127,7 @@ class Encoder(nn.Module):
         if tokens.is_floating_point() or tokens.ndim != 2:
             raise UsageError(f"inputs must be (batch, time) token ids, not {tokens.dtype} {tuple(tokens.shape)}")
         most = self.embedding.weight.shape[0] - 1
-        if tokens.device.type == "cpu" and tokens.numel() and not 0 <= tokens.min() <= tokens.max() <= most:
+        if numbers_at_hand(tokens) and not 0 <= tokens.min() <= tokens.max() <= most:
             raise UsageError(f"token ids must lie in 0..{most}, got {int(tokens.min())}..{int(tokens.max())}")
         return self.embedding(tokens)
 

@@ -19,6 +19,7 @@ from bestiary import state as states
 from bestiary.decoding import Decoder
 from bestiary.errors import UsageError
 from bestiary.mixers import Context
+from bestiary.mixers.base import numbers_at_hand
 from bestiary.mixers.parts import gpt_init
 from bestiary.models import generation, packing
 from bestiary.models.config import ModelConfig
@@ -132,7 +133,7 @@ class LanguageModel(nn.Module):
         Args:
             intervals: time that passes before each token, in units of a usual step; some mixer must be a timed one.
         """
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+        if numbers_at_hand(tokens):
             self.check_tokens(int(tokens.min()), int(tokens.max()))
         if state is not None and len(state.layers) != len(self.blocks):
             raise UsageError(f"the state has {len(state.layers)} layers, the model {len(self.blocks)}")

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from bestiary import ops
+from bestiary.mixers.base import numbers_at_hand
 
 CHUNK_ELEMENTS = 1 << 24  # logits in memory at a time: 64 MiB in fp32; a product of few rows is a slow one
 
@@ -50,7 +51,7 @@ def linear_cross_entropy(
     cap: float | None = None,
 ) -> Float[Tensor, ""]:
     """Weighted mean of the cross-entropy in nats; targets below 0 count for nothing. 0 where nothing counts."""
-    if hidden.device.type == "cpu" and (targets < 0).any():  # rows without a target need no logits
+    if numbers_at_hand(targets) and (targets < 0).any():  # rows without a target need no logits
         kept = targets >= 0
         hidden, targets, weights = hidden[kept], targets[kept], None if weights is None else weights[kept]
     counted = (targets >= 0).to(torch.promote_types(hidden.dtype, torch.float32))
@@ -145,7 +146,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor | None, None]:
         (factor,), parts = gradients, ctx.saved_tensors
-        if factor.device.type != "cpu" or factor != 1:  # the head's gradient is large: no copy for nothing
+        if not numbers_at_hand(factor) or factor != 1:  # the head's gradient is large: no copy for nothing
             parts = [saved * factor.to(saved.dtype) for saved in parts]
         d_hidden, d_head, *rest = parts
         return d_hidden, d_head, None, None, rest[0] if rest else None, None

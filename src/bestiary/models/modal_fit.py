@@ -15,7 +15,7 @@ from jaxtyping import Complex, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from bestiary.ops.long_convolution import convolve
+from bestiary.ops.fft_convolution import convolve
 from bestiary.ops.ssm import powers
 
 METHODS = ("hankel", "gradient")

@@ -4,6 +4,7 @@ from bestiary.ops.attention import KVCache, attention, empty_cache, remember
 from bestiary.ops.cross_entropy import cross_entropy
 from bestiary.ops.delta_rule import delta_rule, dplr
 from bestiary.ops.dispatch import active, full_precision, use
+from bestiary.ops.fft_convolution import Filter
 from bestiary.ops.irregular_ssm import irregular_diagonal_ssm, irregular_dplr_ssm
 from bestiary.ops.linear_attention import linear_attention
 from bestiary.ops.linear_recurrence import linear_recurrence
@@ -28,6 +29,7 @@ from bestiary.ops.wkv import WKVState, empty_wkv, wkv
 __all__ = [
     "ConvolutionState",
     "FenwickState",
+    "Filter",
     "KVCache",
     "MLSTMState",
     "WKVState",

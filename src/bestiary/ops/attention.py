@@ -192,9 +192,12 @@ def _append(old: Tensor, new: Tensor, position: Tensor, end: Tensor) -> Tensor:
     """Row b: its first position[b] old entries, then its first end[b] - position[b] new ones; zeros after."""
     slots, new = old.shape[1], new.to(old.dtype)
     joined = torch.cat([old, new], dim=1)
-    used = int(end.max()) if end.numel() else 0
-    if used == joined.shape[1] and bool((position == slots).all() & (end == used).all()):
-        return joined
+    if torch.compiler.is_compiling():  # which must not look at numbers: as many slots as there may be
+        used = joined.shape[1]
+    else:
+        used = int(end.max()) if end.numel() else 0
+        if used == joined.shape[1] and bool((position == slots).all() & (end == used).all()):
+            return joined
     slot = torch.arange(used, device=old.device)
     source = torch.where(slot < position[:, None], slot, slots + slot - position[:, None])
     rows = torch.arange(old.shape[0], device=old.device)[:, None]

@@ -65,7 +65,7 @@ def delta_rule(
         if gates.ndim == 1:
             gates = gates.expand(beta.shape)
         wide = (x.to(state.dtype) for x in (q * scale, k, v, beta))
-        o, state = dispatch.choose("delta_rule", time=v.shape[1])(*wide, gates, state)
+        o, state = dispatch.choose("delta_rule", time=v.shape[1], like=v)(*wide, gates, state)
         return o.to(v.dtype), state
 
 
@@ -144,7 +144,7 @@ def dplr(
         return o.to(v.dtype), state
     with dispatch.full_precision(v):
         wide = (x.to(state.dtype) for x in (r, w, k, v, a, b))
-        o, state = dispatch.choose("dplr", time=v.shape[1])(*wide, state)
+        o, state = dispatch.choose("dplr", time=v.shape[1], like=v)(*wide, state)
         return o.to(v.dtype), state
 
 

@@ -1,8 +1,10 @@
 """Which form of an op runs, and why.
 
 Every op has a recurrent definition ("reference") and a chunked or FFT form in plain PyTorch ("torch"). Some have a
-compiled kernel as well ("native"), which runs wherever it can: in fp32 and half precision on the CPU. All forms of an
-op compute the same function.
+compiled kernel as well ("native"), which runs wherever it can: in fp32 and half precision on the CPU. On a GPU,
+functions of other libraries ("fla", "mamba_ssm", "causal_conv1d") run in place of the second, where `bestiary doctor
+--check-backend` has found that they compute the same (see bestiary.ops.backends). All forms of an op compute the same
+function.
 
     with bestiary.ops.use("reference"):   # override, for this context
         ...
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 
 from bestiary.errors import UsageError, unknown
+from bestiary.ops import backends
 from bestiary.ops.native import library
 
 _NATIVE = "native"
@@ -24,7 +27,7 @@ _compiled: set[str] = set()
 _forms: dict[str, dict[str, Callable[..., Any]]] = {}
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced_form", default=None)
 _forced_last: str | None = None
-"""What `use` last set or restored, in whatever thread: torch.compile cannot read a context variable, but this."""
+"""What `use` last set or restored, in any thread: torch.compile reads no context variable, but guards this."""
 
 
 def form(op: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -37,9 +40,22 @@ def form(op: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any
     return add
 
 
-def choose(op: str, *, time: int) -> Callable[..., Any]:
-    """The function that computes `op` on a sequence of `time` steps, where no kernel does."""
-    return _forms[op][_choice(op, time, kernels=False)[0]]
+def choose(op: str, *, time: int, like: torch.Tensor | None = None) -> Callable[..., Any]:
+    """The function that computes `op` on a sequence of `time` steps, where no kernel does.
+
+    Args:
+        like: a tensor with the device and the dtype of the caller, by which another library's function is chosen; None
+            where the op has none, or must not use it. Code that torch.compile traces never does: it cannot trace them.
+    """
+    own = _forms[op][_choice(op, time, kernels=False)[0]]
+    forced = _forced_form()
+    if (
+        like is None
+        or torch.compiler.is_compiling()
+        or not (forced in backends.LIBRARIES or (forced is None and time > 1))
+    ):
+        return own
+    return backends.route(op, own, like, forced)
 
 
 def has_kernel(op: str) -> None:
@@ -75,7 +91,9 @@ def _choice(op: str, time: int, *, kernels: bool = True) -> tuple[str, str]:
         found, why = library.load()
         if found is not None:
             return _NATIVE, f"{why}; for fp32 and half precision on the CPU, else plain PyTorch"
-    if forced == _NATIVE:
+    if forced in backends.LIBRARIES and kernels and any(b.library.name == forced for b in backends.TABLE.get(op, ())):
+        return forced, 'chosen by bestiary.ops.use("' + forced + '")'
+    if forced == _NATIVE or forced in backends.LIBRARIES:
         forced = None  # ops without a kernel run as ever
     if forced is not None:
         if forced not in _forms[op]:
@@ -90,9 +108,10 @@ def _choice(op: str, time: int, *, kernels: bool = True) -> tuple[str, str]:
 def use(name: str) -> Iterator[None]:
     """Force one form of every op within the context: "reference" (definitions), "torch" (chunked, FFT) or "native".
 
-    The last forces the compiled kernels on ops that have one: what they cannot compute is then a UsageError.
+    The last forces the compiled kernels on ops that have one: what they cannot compute is then a UsageError. So do
+    "fla", "mamba_ssm" and "causal_conv1d" with the functions of these libraries, also with unchecked ones.
     """
-    valid = {form for forms in _forms.values() for form in forms} | {_NATIVE}
+    valid = {form for forms in _forms.values() for form in forms} | {_NATIVE, *backends.LIBRARIES}
     if name not in valid:
         raise unknown("form of the ops", name, valid)
     global _forced_last

@@ -72,7 +72,7 @@ def linear_attention(
             values = F.pad(values, (0, 1), value=1.0)
         gates = None if log_decay is None else log_decay.to(state.dtype)
         weight = None if bonus is None else bonus.to(state.dtype)
-        form = dispatch.choose("linear_attention", time=v.shape[1])
+        form = dispatch.choose("linear_attention", time=v.shape[1], like=v)
         o, state = form(wide_q, wide_k, values, gates, weight, state)
         if normalise:
             o = o[..., :-1] / (o[..., -1:] + eps)

@@ -28,9 +28,16 @@ from torch.nn import functional as F
 from bestiary import state as states
 from bestiary.errors import UsageError
 from bestiary.ops import dispatch
+from bestiary.ops.fft_convolution import Filter, circular, convolve, fast_size
 
 DIRECT_TILE = 32
 """Tiles of up to so many steps are matrix products; larger ones are FFTs."""
+
+
+def _as_filter(kernel: Tensor | Filter, dtype: torch.dtype) -> Filter:
+    """A filter in a dtype."""
+    filter = kernel if isinstance(kernel, Filter) else Filter(kernel)
+    return filter if filter.taps.dtype == dtype else Filter(filter.taps.to(dtype))
 
 
 @states.register
@@ -50,7 +57,7 @@ class ConvolutionState(NamedTuple):
 
 def long_convolution(
     x: Float[Tensor, "batch time channels"],
-    kernel: Float[Tensor, "channels l_max"],
+    kernel: Float[Tensor, "channels l_max"] | Filter,
     skip: Float[Tensor, " channels"] | None = None,
     *,
     state: ConvolutionState | None = None,
@@ -59,17 +66,19 @@ def long_convolution(
     """Convolve each channel with its own long causal filter; returns (y, state), y in x's dtype.
 
     Args:
-        kernel: the filter, k_0 first. For a filter of l_max lags, all of them, also where the segment is shorter.
+        kernel: the filter, k_0 first. For a filter of l_max lags, all of them, also where the segment is shorter. A
+            Filter is the same and may keep its transforms.
         skip: D, weight of the input itself.
         state: the past, fp32 or wider; None for none.
         lengths: real steps of each row of a right-padded batch; only these enter the state.
     """
     if state is None:
-        state = empty_past(x.shape[0], x.shape[2], dtype=dispatch.wide(x.dtype, kernel.dtype), device=x.device)
+        dtype = kernel.taps.dtype if isinstance(kernel, Filter) else kernel.dtype
+        state = empty_past(x.shape[0], x.shape[2], dtype=dispatch.wide(x.dtype, dtype), device=x.device)
     with dispatch.full_precision(x):
-        wide, taps = x.to(state.inputs.dtype), kernel.to(state.inputs.dtype)
+        wide, filter = x.to(state.inputs.dtype), _as_filter(kernel, state.inputs.dtype)
         form = dispatch.choose("long_convolution", time=x.shape[1])
-        y, state = form(wide, taps, state, lengths)
+        y, state = form(wide, filter, state, lengths)
         return (y if skip is None else torch.addcmul(y, wide, skip.to(y.dtype))).to(x.dtype), state
 
 
@@ -94,11 +103,12 @@ def ring_size(l_max: int) -> int:
 
 @dispatch.form("long_convolution", "reference")
 def definition(
-    x: Tensor, kernel: Tensor, state: ConvolutionState, lengths: Tensor | None
+    x: Tensor, filter: Filter, state: ConvolutionState, lengths: Tensor | None
 ) -> tuple[Tensor, ConvolutionState]:
     """The sum over lags as it stands; a single step is taken online."""
     if x.shape[1] == 1:
-        return _step(x[:, 0], kernel, state, lengths)
+        return _step(x[:, 0], filter, state, lengths)
+    kernel = filter.taps
     past, l_max = _past(state, kernel), kernel.shape[1]
     joined = torch.cat([past, x], dim=1)
     outputs = []
@@ -111,42 +121,29 @@ def definition(
 
 @dispatch.form("long_convolution", "torch")
 def by_fft(
-    x: Tensor, kernel: Tensor, state: ConvolutionState, lengths: Tensor | None
+    x: Tensor, filter: Filter, state: ConvolutionState, lengths: Tensor | None
 ) -> tuple[Tensor, ConvolutionState]:
     """One FFT over the past and the segment."""
     if not x.shape[1]:
         return torch.zeros_like(x), state
-    past = _past(state, kernel)
-    y = convolve(torch.cat([past, x], dim=1), kernel, past.shape[1])
-    return y, _after(state, past, x, lengths, kernel)
-
-
-def convolve(
-    x: Float[Tensor, "batch inputs channels"], kernel: Float[Tensor, "channels taps"], first: int
-) -> Float[Tensor, "batch outputs channels"]:
-    """Outputs `first`, first + 1, ... of the causal convolution, by FFT; as many as there are inputs from there on."""
-    length = x.shape[1]
-    if not x.shape[0]:  # FFTs refuse an empty batch
-        return x[:, first:]
-    kernel = kernel[:, :length]
-    # a circular convolution spoils its first taps-1 outputs, of which `first` are dropped anyway
-    size = _fast_size(max(length, length - first + kernel.shape[1] - 1))
-    spectrum = torch.fft.rfft(x.mT, n=size) * torch.fft.rfft(kernel, n=size)
-    return torch.fft.irfft(spectrum, n=size)[..., first:length].mT
-
-
-def _fast_size(n: int) -> int:
-    """The next power of two, or three quarters of it."""
-    power = 1 << max(0, n - 1).bit_length()
-    return power // 4 * 3 if power >= 4 and power // 4 * 3 >= n else power
+    past = _past(state, filter.taps)
+    joined = torch.cat([past, x], dim=1) if past.shape[1] else x
+    y = convolve(joined, filter, past.shape[1], joined.shape[1], "segment")
+    return y, _after(state, past, x, lengths, filter.taps)
 
 
 def _past(state: ConvolutionState, kernel: Tensor) -> Tensor:
     """The inputs that lags below l_max reach, oldest first, zeros before the start: (batch, <= l_max - 1, channels)."""
-    passed = int(state.position.max()) if state.inputs.numel() else 0  # without slots, nothing has passed
-    reach = min(kernel.shape[1] - 1, passed)
+    reach = min(kernel.shape[1] - 1, _most(state.position, state.inputs.shape[1]))
     place = state.position[:, None] - reach + torch.arange(reach, device=kernel.device)
     return _read(state.inputs, place, kernel)
+
+
+def _most(position: Tensor, bound: int) -> int:
+    """The largest of some positions, none being known to be above `bound`; the bound where code is traced."""
+    if torch.compiler.is_compiling():
+        return bound
+    return int(position.max()) if bound and len(position) else 0
 
 
 def _read(inputs: Tensor, place: Tensor, kernel: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -165,8 +162,7 @@ def _after(
     if not state.inputs.shape[1] and lengths is None and time <= ring:
         inputs = x.clone()  # a fresh start: the ring is not yet full; the caller's x stays the caller's
     else:
-        slots = min(int(end.max()) if batch else 0, ring)
-        slot = torch.arange(slots, device=x.device)
+        slot = torch.arange(min(_most(end, state.inputs.shape[1] + time), ring), device=x.device)
         place = end[:, None] - 1 - (end[:, None] - 1 - slot) % ring  # the newest input of each slot
         new = place - state.position[:, None]
         rows = torch.arange(batch, device=x.device)[:, None]
@@ -184,16 +180,17 @@ def _after(
 
 
 def _step(
-    x: Tensor, kernel: Tensor, state: ConvolutionState, lengths: Tensor | None
+    x: Tensor, filter: Filter, state: ConvolutionState, lengths: Tensor | None
 ) -> tuple[Tensor, ConvolutionState]:
     """One step of every row, online: the window's pending output, and what the input adds to it and to later ones."""
+    kernel = filter.taps
     batch, ring = x.shape[0], ring_size(kernel.shape[1])
     slots = min(int(state.position.max()) + 1 if batch else 0, ring)
     if slots > state.inputs.shape[1]:
         slots = max(slots, min(2 * state.inputs.shape[1], ring)) if states.may_write() else slots
         state = state._replace(inputs=_grown(state.inputs, slots), pending=_grown(state.pending, slots))
     over = state.since == state.window
-    state = _open_windows(state, kernel, over if lengths is None else over & (lengths > 0))
+    state = _open_windows(state, filter, over if lengths is None else over & (lengths > 0))
     inputs, pending = state.inputs, state.pending
     if not states.may_write():
         inputs, pending = inputs.clone(), pending.clone()
@@ -208,22 +205,22 @@ def _step(
             chosen = going[tile == size]
             place = state.position[chosen, None] - size + 1 + torch.arange(size, device=x.device)
             later = (state.since[chosen] + 1)[:, None] + torch.arange(size, device=x.device)
-            added = _tile(_read(inputs, place, kernel, chosen), kernel)
+            added = _tile(_read(inputs, place, kernel, chosen), filter)
             pending[chosen[:, None], later] = pending[chosen[:, None], later] + added
     moved = 1 if lengths is None else lengths
     return y, ConvolutionState(inputs, pending, state.position + moved, state.since + moved, state.window)
 
 
-def _open_windows(state: ConvolutionState, kernel: Tensor, over: Tensor) -> ConvolutionState:
+def _open_windows(state: ConvolutionState, filter: Filter, over: Tensor) -> ConvolutionState:
     """Begin a window in the rows whose last one is `over`: all earlier inputs, convolved into its outputs."""
     if not over.any():
         return state
-    past = state.position.clamp(1, ring_size(kernel.shape[1]))
+    past = state.position.clamp(1, ring_size(filter.taps.shape[1]))
     length = 2 ** torch.log2(past.double()).floor().long()
     longest = int(length[over].max())
-    reached = _past(state, kernel)
-    future = torch.cat([reached, reached.new_zeros(reached.shape[0], longest, reached.shape[2])], dim=1)
-    pending = _grown(convolve(future, kernel, reached.shape[1]), state.pending.shape[1])
+    reached = _past(state, filter.taps)
+    now = reached.shape[1]
+    pending = _grown(convolve(reached, filter, now, now + longest, "window"), state.pending.shape[1])
     return state._replace(
         pending=torch.where(over[:, None, None], pending, state.pending),
         since=torch.where(over, 0, state.since),
@@ -231,11 +228,11 @@ def _open_windows(state: ConvolutionState, kernel: Tensor, over: Tensor) -> Conv
     )
 
 
-def _tile(x: Tensor, kernel: Tensor) -> Tensor:
+def _tile(x: Tensor, filter: Filter) -> Tensor:
     """What the last U inputs (batch, U, channels) add to the next U outputs."""
-    size = x.shape[1]
+    size, kernel = x.shape[1], filter.taps
     if size > DIRECT_TILE:
-        return convolve(F.pad(x, (0, 0, 0, size)), kernel, size)
+        return convolve(x, filter, size, 2 * size, f"tile of {size}")
     step = torch.arange(size, device=x.device)
     lag = size + step[:, None] - step  # (output, input)
     taps = torch.where(lag < kernel.shape[1], kernel[:, lag.clamp(max=kernel.shape[1] - 1)], 0)
@@ -249,8 +246,8 @@ def _grown(x: Tensor, slots: int) -> Tensor:
 
 def bidirectional_convolution(
     x: Float[Tensor, "batch time channels"],
-    k_forward: Float[Tensor, "channels forward_lags"],
-    k_reverse: Float[Tensor, "channels reverse_lags"],
+    k_forward: Float[Tensor, "channels forward_lags"] | Filter,
+    k_reverse: Float[Tensor, "channels reverse_lags"] | Filter,
     skip: Float[Tensor, " channels"] | None = None,
     *,
     reverse_start: int = 1,
@@ -261,42 +258,45 @@ def bidirectional_convolution(
     be alone, up to its end.
 
     Args:
-        k_forward: the filter at lags 0, 1, ...: the present and the past.
+        k_forward: the filter at lags 0, 1, ...: the present and the past. A Filter may keep the transform of both.
         k_reverse: the filter at lags -reverse_start, -reverse_start - 1, ...: the future.
         skip: D, weight of the input itself.
         reverse_start: 1 in M2-BERT and S4, whose two filters share no lag; 0 in safari, which has both at the present.
     """
     if reverse_start not in (0, 1):
         raise UsageError(f"reverse_start must be 0 or 1, the published conventions, not {reverse_start}")
-    dtype = dispatch.wide(x.dtype, k_forward.dtype, k_reverse.dtype)
+    ahead, back = (k if isinstance(k, Filter) else Filter(k) for k in (k_forward, k_reverse))
+    dtype = dispatch.wide(x.dtype, ahead.taps.dtype, back.taps.dtype)
     with dispatch.full_precision(x):
         form = dispatch.choose("bidirectional_convolution", time=x.shape[1])
         wide = x.to(dtype)
-        y = form(wide, k_forward.to(dtype), k_reverse.to(dtype), reverse_start)
+        y = form(wide, _as_filter(ahead, dtype), _as_filter(back, dtype), reverse_start)
         return (y if skip is None else torch.addcmul(y, wide, skip.to(dtype))).to(x.dtype)
 
 
 @dispatch.form("bidirectional_convolution", "reference")
-def both_sums(x: Tensor, k_forward: Tensor, k_reverse: Tensor, reverse_start: int) -> Tensor:
+def both_sums(x: Tensor, ahead: Filter, back: Filter, reverse_start: int) -> Tensor:
     """The sums over lags as they stand."""
     time, y = x.shape[1], torch.zeros_like(x)
-    for lag in range(min(time, k_forward.shape[1])):
-        y = y + F.pad(k_forward[:, lag] * x[:, : time - lag], (0, 0, lag, 0))
-    for lag in range(reverse_start, min(time, reverse_start + k_reverse.shape[1])):
-        y = y + F.pad(k_reverse[:, lag - reverse_start] * x[:, lag:], (0, 0, 0, lag))
+    for lag in range(min(time, ahead.taps.shape[1])):
+        y = y + F.pad(ahead.taps[:, lag] * x[:, : time - lag], (0, 0, lag, 0))
+    for lag in range(reverse_start, min(time, reverse_start + back.taps.shape[1])):
+        y = y + F.pad(back.taps[:, lag - reverse_start] * x[:, lag:], (0, 0, 0, lag))
     return y
 
 
 @dispatch.form("bidirectional_convolution", "torch")
-def by_one_fft(x: Tensor, k_forward: Tensor, k_reverse: Tensor, reverse_start: int) -> Tensor:
+def by_one_fft(x: Tensor, ahead: Filter, back: Filter, reverse_start: int) -> Tensor:
     """One FFT: negative lags stand at the end of a circle that is long enough for neither side to meet the other."""
-    if not x.numel():  # FFTs refuse an empty batch or sequence
-        return torch.zeros_like(x)
     time = x.shape[1]
-    ahead, back = k_forward[:, :time], k_reverse[:, : max(0, time - reverse_start)]
-    size = _fast_size(time + max(ahead.shape[1] - 1, back.shape[1] + reverse_start - 1, 0))
-    circle = F.pad(ahead, (0, size - ahead.shape[1]))
-    if back.shape[1]:
-        circle = circle + F.pad(back.flip(1), (size - back.shape[1], 0)).roll(1 - reverse_start, 1)
-    spectrum = torch.fft.rfft(x.mT, n=size) * torch.fft.rfft(circle, n=size)
-    return torch.fft.irfft(spectrum, n=size)[..., :time].mT
+    past, future = ahead.taps[:, :time], back.taps[:, : max(0, time - reverse_start)]
+    size = fast_size(time + max(past.shape[1] - 1, future.shape[1] + reverse_start - 1, 0))
+
+    def circle() -> Tensor:
+        taps = F.pad(past, (0, size - past.shape[1]))
+        if not future.shape[1]:
+            return taps
+        return taps + F.pad(future.flip(1), (size - future.shape[1], 0)).roll(1 - reverse_start, 1)
+
+    known = ahead.transform(f"both sides from {reverse_start}", size, time, circle, back.taps)
+    return circular(x, past if known is not None else circle(), size, 0, time, known)

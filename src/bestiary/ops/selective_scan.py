@@ -84,7 +84,7 @@ def selective_scan(
         if lengths is not None:
             real = (torch.arange(u.shape[1], device=u.device) < lengths[:, None])[..., None]
             step = torch.where(real, step, 0)
-        scan = dispatch.choose("selective_scan", time=u.shape[1])
+        scan = dispatch.choose("selective_scan", time=u.shape[1], like=u)
         y, state = scan(wide, step, A.to(dtype), B.to(dtype), C.to(dtype), state, ssm.RULES.get(discretisation))
         if D is not None:
             y = torch.addcmul(y, wide, D.to(dtype))

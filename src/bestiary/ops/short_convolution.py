@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bestiary.errors import UsageError
 from bestiary.ops import dispatch
-from bestiary.ops.long_convolution import convolve
+from bestiary.ops.fft_convolution import convolve
 from bestiary.ops.native.short_convolution import MOST_TAPS
 from bestiary.ops.native.short_convolution import short_convolution as kernel
 
@@ -49,7 +49,7 @@ def short_convolution(
         return y.to(x.dtype), state
     with dispatch.full_precision(x):
         wide = x.to(state.dtype)
-        y = dispatch.choose("short_convolution", time=x.shape[1])(wide, weight.to(state.dtype), state)
+        y = dispatch.choose("short_convolution", time=x.shape[1], like=x)(wide, weight.to(state.dtype), state)
         if bias is not None:
             y = y + bias.to(state.dtype)
         y = F.silu(y) if activation == "silu" else y

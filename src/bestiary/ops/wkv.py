@@ -59,7 +59,7 @@ def wkv(
         return y.to(v.dtype), WKVState(*after)
     with dispatch.full_precision(k):
         wide = (x.to(dtype) for x in (k, v, w, u))
-        y, state = dispatch.choose("wkv", time=k.shape[1])(*wide, state, lengths)
+        y, state = dispatch.choose("wkv", time=k.shape[1], like=v)(*wide, state, lengths)
         return y.to(v.dtype), state
 
 
