@@ -308,53 +308,63 @@ void product(i64 outputs, i64 inputs, i64 format, i64 rows) {
   if (!p.near()) wrong++, std::printf("%s: packed weights are off\n", c.name.c_str());
 }
 
-void mamba_step(i64 width, i64 channels, i64 states, i64 rank, i64 taps, i64 format, i64 rows) {
-  Case c(named("mamba layer", {width, channels, states, rank, taps, format, rows}));
-  Packed in(2 * channels, width, format, false), x_proj(rank + 2 * states, channels, format, false);
-  Packed dt_proj(channels, rank, 0, true), out(width, channels, format, false);
-  const i64 past = (taps - 1) * channels, size = states * channels;
-  Input norm(width), conv(taps * channels), conv_bias(channels), A(size, -3, -0.1f), D(channels);
-  Input x(rows * width), history(rows * past), h(rows * size);
-  auto y = blank(rows * width), new_history = blank(rows * past), new_h = blank(rows * size);
-  MambaLayer l = {};
-  l.width = width, l.channels = channels, l.states = states, l.rank = rank, l.taps = taps, l.norm_eps = 1e-5f;
-  l.norm = norm, l.in = &in.m, l.x = &x_proj.m, l.dt = &dt_proj.m, l.out = &out.m;
-  l.conv = conv, l.conv_bias = conv_bias, l.A = A, l.D = D;
-  bestiary_mamba_layer(&l, rows, x, history, h, y.data(), new_history.data(), new_h.data());
+// kind: no gate, one before the norm, one after; then the same without a weight.
+void norm_of(i64 rows, i64 channels, i64 groups, int kind) {
+  Case c(named("norm", {rows, channels, groups, kind}));
+  const i64 many = rows * groups, whole = many * channels;
+  const bool weighed = kind < 3, gated = kind % 3, first = kind % 3 == 1;
+  Input x(whole), gate(whole, -3, 3), weight(groups * channels), dy(whole);
+  auto y = blank(whole), scales = blank(many), dx = blank(whole), dgate = blank(gated ? whole : 0);
+  auto dweight = blank(weighed ? bestiary_norm_parts(many, groups) * groups * channels : 0);
+  Norm s = {};
+  s.rows = many, s.channels = channels, s.groups = groups, s.first = first, s.eps = 0.01;
+  s.x = x, s.x_row = s.gate_row = channels, s.y = y.data(), s.scales = scales.data();
+  if (weighed) s.weight = weight;
+  if (gated) s.gate = gate;
+  bestiary_norm_forward(&s);
 
-  std::vector<double> wanted_y, wanted_history, wanted_h(rows * size);
-  for (i64 r = 0; r < rows; r++) {
-    double squares = 0;
-    for (i64 i = 0; i < width; i++) squares += x[r * width + i].value * x[r * width + i].value;
-    std::vector<double> normed, convolved, gated;
-    for (i64 i = 0; i < width; i++)
-      normed.push_back(x[r * width + i].value / std::sqrt(squares / width + l.norm_eps) * norm.data[i]);
-    const auto xz = in.times(normed);
-    for (i64 d = 0; d < channels; d++) {
-      double sum = conv_bias.data[d] + conv.data[(taps - 1) * channels + d] * xz[d];
-      for (i64 k = 0; k < taps - 1; k++) sum += conv.data[k * channels + d] * history.data[r * past + k * channels + d];
-      convolved.push_back(sum * sigmoid(sum));
+  std::vector<Real> wanted;
+  for (i64 r = 0; r < many; r++) {
+    std::vector<Real> h;
+    Real squares;
+    for (i64 i = 0; i < channels; i++) {
+      h.push_back(first ? x[r * channels + i] * silu(gate[r * channels + i]) : x[r * channels + i]);
+      squares += h[i] * h[i];
     }
-    for (i64 i = channels; i < past; i++) wanted_history.push_back(history.data[r * past + i]);
-    if (taps > 1) wanted_history.insert(wanted_history.end(), xz.begin(), xz.begin() + channels);
-    const auto parts = x_proj.times(convolved), dt = dt_proj.times({parts.begin(), parts.begin() + rank});
-    for (i64 d = 0; d < channels; d++) {
-      const double step = softplus(dt[d]);
-      double sum = D.data[d] * convolved[d];
-      for (i64 n = 0; n < states; n++) {
-        double& held = wanted_h[r * size + n * channels + d];
-        held = std::exp(step * A.data[n * channels + d]) * h.data[r * size + n * channels + d] +
-               step * parts[rank + n] * convolved[d];
-        sum += parts[rank + states + n] * held;
-      }
-      gated.push_back(sum * xz[channels + d] * sigmoid(xz[channels + d]));
+    const Real root = root_of(squares / static_cast<double>(channels) + s.eps);
+    for (i64 i = 0; i < channels; i++) {
+      const Real v = weighed ? weight[r % groups * channels + i] * h[i] / root : h[i] / root;
+      wanted.push_back(gated && !first ? v * silu(gate[r * channels + i]) : v);
     }
-    const auto mixed = out.times(gated);
-    for (i64 i = 0; i < width; i++) wanted_y.push_back(x[r * width + i].value + mixed[i]);
   }
-  c.compare("y", y, wanted_y);
-  c.compare("history", new_history, wanted_history);
-  c.compare("h", new_h, wanted_h);
+  c.output("y", y, wanted, &dy);
+  NormBack b = {};
+  b.dy = dy, b.dy_row = channels, b.dx = dx.data(), b.dgate = dgate.data(), b.dweight = dweight.data();
+  bestiary_norm_backward(&s, &b);
+  c.gradient("dx", dx, x);
+  if (gated) c.gradient("dgate", dgate, gate);
+  if (weighed) c.gradient("dweight", dweight, weight);
+}
+
+void cross_entropy_of(i64 rows, i64 vocab, float size) {
+  Case c(named("cross-entropy", {rows, vocab, static_cast<i64>(size)}));
+  Input logits(rows * vocab, -size, size), weights(rows, 0, 1);
+  std::vector<i64> targets(rows);
+  for (i64 r = 0; r < rows; r++) targets[r] = r % 4 == 3 ? -1 : r * 7 % vocab;
+  auto found = logits.data, nats = blank(rows);
+  CrossEntropy s = {};
+  s.rows = rows, s.vocab = s.row = vocab, s.gradient = 1, s.logits = found.data(), s.targets = targets.data();
+  s.weights = weights, s.nats = nats.data();
+  bestiary_cross_entropy(&s);
+
+  std::vector<Real> wanted;
+  for (i64 r = 0; r < rows; r++) {
+    Real sum;
+    for (i64 i = 0; i < vocab; i++) sum += exp(logits[r * vocab + i]);
+    wanted.push_back(targets[r] < 0 ? Real(0) : log(sum) - logits[r * vocab + targets[r]]);
+  }
+  c.output("nats", nats, wanted, &weights);
+  c.gradient("gradient", found, logits);
 }
 
 // The functions that gates are made of, to a few last places, and where they have none.
@@ -411,8 +421,6 @@ int main() {
     for (i64 rows : {1, 2, 3, 5, 8, 17}) {
       for (i64 outputs : {1, 15, 16, 17, 50})
         for (i64 inputs : {1, 2, 31, 32, 33, 100}) product(outputs, inputs, format, rows);
-      for (i64 channels : {1, 16, 35})
-        for (i64 taps : {1, 2, 4}) mamba_step(channels + 5, channels, 1 + taps, taps, taps, format, rows);
     }
   for (i64 batch : {1, 3})
     for (i64 time : {0, 1, 2, 33, 70})
@@ -421,6 +429,13 @@ int main() {
           for (int kind = 0; kind < 4; kind++)
             for (float strength : {1.0f, 50.0f}) selective_scan(batch, time, channels, states, kind & 1, kind & 2, strength);
   for (bool padded : {false, true}) selective_scan(2, 40, 150, 19, true, padded, 3);  // several blocks in each group
+  for (i64 rows : {1, 3, 65})
+    for (i64 channels : {2, 16, 35, 130})
+      for (i64 groups : {1, 3})
+        for (int kind = 0; kind < 6; kind++) norm_of(rows, channels, groups, kind);
+  for (i64 rows : {1, 5})
+    for (i64 vocab : {1, 16, 63, 65, 1000})
+      for (float size : {1.0f, 30.0f}) cross_entropy_of(rows, vocab, size);
   std::printf("%d compared, %d wrong, %d lanes\n", compared, wrong, static_cast<int>(bestiary_lanes()));
   return wrong != 0;
 }
