@@ -136,8 +136,8 @@ def test_delta_product_with_one_step_is_delta_net(negative: bool) -> None:
     delta.load_state_dict({k: v for k, v in one.state_dict().items() if k != "gate.weight"})
     x = inputs(70)
     read = []
-    for mixer in (one, delta):  # what is read, before gate and output
-        mixer.norm.register_forward_hook(lambda module, given, found: read.append(found))
+    for mixer in (one, delta):  # what is read, before norm, gate and output
+        mixer.norm.register_forward_hook(lambda module, given, found: read.append(given[0]))
         mixer(x)
     close(*read)
 

@@ -86,9 +86,9 @@ def test_the_program_notices_a_kernel_that_is_wrong(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     shutil.copytree(ROOT / "tests/csrc", tmp_path / "tests/csrc")
     header = tmp_path / "csrc/linear_recurrence.h"
-    right = "store(g.da + at, flow * old, n);"
+    right = "store(g.da + at + p * W, f * load(old + p * W, v.lanes(p)), v.lanes(p));"
     assert right in header.read_text()
-    header.write_text(header.read_text().replace(right, "store(g.da + at, -flow * old, n);"))
+    header.write_text(header.read_text().replace(right, right.replace("f * load(old", "-f * load(old")))
     source, program = tmp_path / "tests/csrc/values.cpp", tmp_path / "values"
     subprocess.run([*build, "-std=c++20", "-O1", "-o", str(program), str(source)], check=True, capture_output=True)
     done = subprocess.run([*runner, str(program)], capture_output=True, text=True, timeout=600)
