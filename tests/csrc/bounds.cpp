@@ -309,6 +309,32 @@ int instructions() {
   return ran;
 }
 
+// kind: no gate, one before the norm, one after; then the same without a weight.
+void norms(i64 rows, i64 channels, i64 groups, int kind) {
+  Pool pool;
+  const i64 many = rows * groups, whole = many * channels;
+  Norm s = {};
+  s.rows = many, s.channels = channels, s.groups = groups, s.first = kind % 3 == 1, s.eps = 1e-5;
+  s.x = pool.get(whole), s.weight = kind < 3 ? pool.get(groups * channels) : nullptr;
+  s.gate = kind % 3 ? pool.get(whole) : nullptr, s.x_row = s.gate_row = channels;
+  s.y = pool.get(whole), s.scales = pool.get(many);
+  bestiary_norm_forward(&s);
+  NormBack b = {};
+  b.dy = pool.get(whole), b.dy_row = channels, b.dx = pool.get(whole), b.dgate = kind % 3 ? pool.get(whole) : nullptr;
+  b.dweight = kind < 3 ? pool.get(bestiary_norm_parts(many, groups) * groups * channels) : nullptr;
+  bestiary_norm_backward(&s, &b);
+}
+
+void cross_entropies(i64 rows, i64 vocab, bool gradient) {
+  Pool pool;
+  std::vector<i64> targets(rows);
+  for (i64 r = 0; r < rows; r++) targets[r] = r % 3 == 2 ? -1 : r * 7 % vocab;
+  CrossEntropy s = {};
+  s.rows = rows, s.vocab = s.row = vocab, s.gradient = gradient, s.logits = pool.get(rows * vocab);
+  s.targets = targets.data(), s.weights = rows % 2 ? pool.get(rows) : nullptr, s.nats = pool.get(rows);
+  bestiary_cross_entropy(&s);
+}
+
 }  // namespace
 
 int main() {
@@ -350,5 +376,12 @@ int main() {
           linear_attention(1, time, 2, 5, keys, values, kind % 3, kind / 3 & 1, kind / 6);
         }
   ran += instructions();
+  for (i64 rows : {0, 1, 3, 64, 65})
+    for (i64 channels : {1, 3, 16, 33, 130})
+      for (i64 groups : {1, 2, 70})
+        for (int kind = 0; kind < 6; kind++) norms(rows, channels, groups, kind), ran++;
+  for (i64 rows : {0, 1, 2, 7})
+    for (i64 vocab : {1, 2, 15, 16, 17, 63, 64, 65, 200})
+      for (bool gradient : {false, true}) cross_entropies(rows, vocab, gradient), ran++;
   std::printf("%d shapes ran\n", ran);
 }

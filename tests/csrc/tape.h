@@ -52,6 +52,11 @@ Real exp(Real x) {
   const double e = std::exp(x.value);
   return made(e, x, e);
 }
+Real log(Real x) { return made(std::log(x.value), x, 1 / x.value); }
+Real root_of(Real x) {
+  const double root = std::sqrt(x.value);
+  return made(root, x, 0.5 / root);
+}
 Real softplus(Real x) { return made(softplus(x.value), x, sigmoid(x.value)); }
 Real silu(Real x) {
   const double s = sigmoid(x.value);

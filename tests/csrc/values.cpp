@@ -308,6 +308,65 @@ void product(i64 outputs, i64 inputs, i64 format, i64 rows) {
   if (!p.near()) wrong++, std::printf("%s: packed weights are off\n", c.name.c_str());
 }
 
+// kind: no gate, one before the norm, one after; then the same without a weight.
+void norm_of(i64 rows, i64 channels, i64 groups, int kind) {
+  Case c(named("norm", {rows, channels, groups, kind}));
+  const i64 many = rows * groups, whole = many * channels;
+  const bool weighed = kind < 3, gated = kind % 3, first = kind % 3 == 1;
+  Input x(whole), gate(whole, -3, 3), weight(groups * channels), dy(whole);
+  auto y = blank(whole), scales = blank(many), dx = blank(whole), dgate = blank(gated ? whole : 0);
+  auto dweight = blank(weighed ? bestiary_norm_parts(many, groups) * groups * channels : 0);
+  Norm s = {};
+  s.rows = many, s.channels = channels, s.groups = groups, s.first = first, s.eps = 0.01;
+  s.x = x, s.x_row = s.gate_row = channels, s.y = y.data(), s.scales = scales.data();
+  if (weighed) s.weight = weight;
+  if (gated) s.gate = gate;
+  bestiary_norm_forward(&s);
+
+  std::vector<Real> wanted;
+  for (i64 r = 0; r < many; r++) {
+    std::vector<Real> h;
+    Real squares;
+    for (i64 i = 0; i < channels; i++) {
+      h.push_back(first ? x[r * channels + i] * silu(gate[r * channels + i]) : x[r * channels + i]);
+      squares += h[i] * h[i];
+    }
+    const Real root = root_of(squares / static_cast<double>(channels) + s.eps);
+    for (i64 i = 0; i < channels; i++) {
+      const Real v = weighed ? weight[r % groups * channels + i] * h[i] / root : h[i] / root;
+      wanted.push_back(gated && !first ? v * silu(gate[r * channels + i]) : v);
+    }
+  }
+  c.output("y", y, wanted, &dy);
+  NormBack b = {};
+  b.dy = dy, b.dy_row = channels, b.dx = dx.data(), b.dgate = dgate.data(), b.dweight = dweight.data();
+  bestiary_norm_backward(&s, &b);
+  c.gradient("dx", dx, x);
+  if (gated) c.gradient("dgate", dgate, gate);
+  if (weighed) c.gradient("dweight", dweight, weight);
+}
+
+void cross_entropy_of(i64 rows, i64 vocab, float size) {
+  Case c(named("cross-entropy", {rows, vocab, static_cast<i64>(size)}));
+  Input logits(rows * vocab, -size, size), weights(rows, 0, 1);
+  std::vector<i64> targets(rows);
+  for (i64 r = 0; r < rows; r++) targets[r] = r % 4 == 3 ? -1 : r * 7 % vocab;
+  auto found = logits.data, nats = blank(rows);
+  CrossEntropy s = {};
+  s.rows = rows, s.vocab = s.row = vocab, s.gradient = 1, s.logits = found.data(), s.targets = targets.data();
+  s.weights = weights, s.nats = nats.data();
+  bestiary_cross_entropy(&s);
+
+  std::vector<Real> wanted;
+  for (i64 r = 0; r < rows; r++) {
+    Real sum;
+    for (i64 i = 0; i < vocab; i++) sum += exp(logits[r * vocab + i]);
+    wanted.push_back(targets[r] < 0 ? Real(0) : log(sum) - logits[r * vocab + targets[r]]);
+  }
+  c.output("nats", nats, wanted, &weights);
+  c.gradient("gradient", found, logits);
+}
+
 // The functions that gates are made of, to a few last places, and where they have none.
 void gates() {
   const int most[] = {2, 3, 3, 4};
@@ -371,6 +430,13 @@ int main() {
           for (int kind = 0; kind < 4; kind++)
             for (float strength : {1.0f, 50.0f}) selective_scan(batch, time, channels, states, kind & 1, kind & 2, strength);
   for (bool padded : {false, true}) selective_scan(2, 40, 150, 19, true, padded, 3);  // several blocks in each group
+  for (i64 rows : {1, 3, 65})
+    for (i64 channels : {2, 16, 35, 130})
+      for (i64 groups : {1, 3})
+        for (int kind = 0; kind < 6; kind++) norm_of(rows, channels, groups, kind);
+  for (i64 rows : {1, 5})
+    for (i64 vocab : {1, 16, 63, 65, 1000})
+      for (float size : {1.0f, 30.0f}) cross_entropy_of(rows, vocab, size);
   std::printf("%d compared, %d wrong, %d lanes\n", compared, wrong, static_cast<int>(bestiary_lanes()));
   return wrong != 0;
 }

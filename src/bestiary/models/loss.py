@@ -80,9 +80,7 @@ def logit_nats(logits: Float[Tensor, "rows vocab"], targets: Int[Tensor, " rows"
 
 
 def _rows(head: Tensor) -> int:
-    """Rows whose logits are in memory at a time: more where the head is large: each adds to its gradient."""
-    vocab, d_model = head.shape
-    return max(1, CHUNK_ELEMENTS // vocab, d_model // 3)
+    return max(1, CHUNK_ELEMENTS // head.shape[0])
 
 
 def _matmul_dtype(hidden: Tensor) -> torch.dtype:
@@ -125,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits = (h @ table.T).to(weights.dtype)
                 logits = logits if bias is None else logits.add_(bias)
                 logits = logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
-                slope = None if cap is None else 1 - (logits / cap).square_()
+                slope = None if cap is None or d_hidden is None else 1 - (logits / cap).square_()
                 total += (ops.cross_entropy(logits, t, w, gradient=with_gradient) * w).sum()
                 if d_hidden is None or d_head is None:
                     continue
@@ -136,10 +134,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_hidden[rows] = d_logits @ table
                 if dtype == d_head.dtype:
                     d_head.addmm_(d_logits.T, h, beta=float(start > 0))
-                elif start == 0:
-                    d_head.copy_(d_logits.T @ h)
                 else:
-                    d_head += d_logits.T @ h
+                    d_head.copy_(d_logits.T @ h) if start == 0 else d_head.add_(d_logits.T @ h)
             if d_head is not None and len(hidden) == 0:
                 d_head.zero_()
         if d_hidden is not None and d_head is not None:

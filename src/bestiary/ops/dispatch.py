@@ -63,11 +63,12 @@ def has_kernel(op: str) -> None:
     _compiled.add(op)
 
 
-def compiled(op: str, *tensors: torch.Tensor | None, why_not: str | None = None) -> bool:
+def compiled(op: str, *tensors: torch.Tensor | None, why_not: str | None = None, worth: bool = True) -> bool:
     """Whether the compiled kernel of an op is to run on these tensors.
 
     Args:
         why_not: what speaks against it beside the tensors: options that the kernel does not know.
+        worth: whether it is the faster one here; `use("native")` takes it anyway.
 
     Raises UsageError where `use("native")` forces it and it cannot run.
     """
@@ -77,7 +78,7 @@ def compiled(op: str, *tensors: torch.Tensor | None, why_not: str | None = None)
     why_not = why_not or library.refuses(*tensors)
     if forced == _NATIVE and why_not is not None:
         raise UsageError(f"op {op} has no compiled form here: {why_not}")
-    return why_not is None
+    return why_not is None and (worth or forced == _NATIVE)
 
 
 def _forced_form() -> str | None:

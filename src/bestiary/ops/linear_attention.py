@@ -53,7 +53,8 @@ def linear_attention(
         normalise: divide by the reading of ones plus `eps`; the state then has value_dim + 1 columns.
         state: the memory before this segment, fp32 or wider; None for zeros.
 
-    o comes in v's dtype, the state in its own.
+    o comes in v's dtype, the state in its own. The compiled kernel adds to the memory step by step in fp32: where
+    nothing decays, its errors grow with the root of the length, 2e-6 to 4e-6 of the largest entry after 8192 steps.
     """
     _check(q, v, log_decay, bonus)
     key_dim = q.shape[3]

@@ -13,6 +13,8 @@ from bestiary.ops.native import traced
 from bestiary.ops.native.norm import rms_norm as kernel
 
 dispatch.has_kernel("rms_norm")
+FEW = 1 << 16
+"""Numbers below which a call of the kernel takes longer than torch's operators."""
 
 
 def rms_norm(
@@ -32,7 +34,7 @@ def rms_norm(
     """
     dtype = dispatch.wide(x.dtype, x.dtype if weight is None else weight.dtype)
     wide, scales, gates = x.to(dtype), *(t if t is None else t.to(dtype) for t in (weight, gate))
-    if not traced.active() and dispatch.compiled("rms_norm", wide):
+    if not traced.active() and dispatch.compiled("rms_norm", wide, worth=x.numel() >= FEW):
         scales = None if scales is None else scales.reshape(-1, x.shape[-1])
         return kernel(wide, scales, gates, eps, gate_first).to(x.dtype)
     return dispatch.choose("rms_norm", time=x.numel())(wide, scales, gates, eps, gate_first).to(x.dtype)

@@ -8,7 +8,7 @@ from ops.forms import KINDS, gates, normal, run
 from ops.native import kit
 from torch import Tensor
 
-from bestiary import ops
+from bestiary import UsageError, ops
 
 pytestmark = kit.needed
 SHAPES = [  # batch, time, groups, heads, key_dim, value_dim
@@ -127,6 +127,13 @@ def test_other_shapes_are_refused() -> None:
     for decay in ("per step", "per channel"):
         q, k, v, state, g, u = (x.float() for x in (*case((2, 9, 1, 2, 5, 3), decay, "weak"), normal(2, 5)))
         kit.check_refusals(torch.ops.bestiary.linear_attention, (q, k, v, g, u, state, 1.0, False, 1e-6, True))
+
+
+def test_heads_that_share_no_keys_evenly_are_refused() -> None:
+    q, k, v, state = (x.float() for x in case((2, 9, 1, 3, 5, 3), "none", "none"))
+    operator = torch.ops.bestiary.linear_attention
+    with pytest.raises(UsageError, match="equally many"):
+        operator(q.repeat(1, 1, 2, 1), k.repeat(1, 1, 2, 1), v, None, None, state, 0.5, False, 1e-6, False)
 
 
 def test_nan_comes_out_where_it_goes_in() -> None:

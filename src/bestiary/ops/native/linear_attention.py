@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bestiary.errors import UsageError
 from bestiary.ops.native.library import buffer, check_shapes, load, only_once, pointer, rows
 
 _INTEGERS = ("batch", "time", "heads", "groups", "keys", "values", "decay", "ones")
@@ -65,6 +66,8 @@ def _filled(
     keys, whole = (batch, time, q.shape[2], q.shape[3]), (batch, time, heads, q.shape[3])
     check_shapes("linear_attention", ("q", q, keys), ("k", k, keys), ("bonus", bonus, (heads, q.shape[3])))
     check_shapes("linear_attention", ("log_decay", g, whole if g is not None and g.ndim == 4 else whole[:3]))
+    if q.shape[2] < 1 or heads % q.shape[2]:
+        raise UsageError(f"linear_attention: {q.shape[2]} heads of keys must serve equally many of {heads} heads")
     q, k, v = rows(q), rows(k), rows(v)
     decay = 0 if g is None else g.ndim - 2
     g = rows(g) if g is not None and decay == 2 else g
@@ -118,7 +121,7 @@ def _backward(dy, dafter, q, k, v, g, bonus, starts, norms, o, scale):
     dv, dg = buffer(*v.shape), buffer(*((0,) if g is None else g.shape))
     dbonus, dbefore = buffer(*((0,) if bonus is None else (call.batch, *bonus.shape))), buffer(*dafter.shape)
     outputs = [pointer(x) for x in (dq, dk, dv, dg, dbonus, dbefore)]
-    back = _AttentionBack(pointer(dy), pointer(o), dafter.data_ptr(), *dy.stride()[:3], *outputs)
+    back = _AttentionBack(pointer(dy), pointer(o), pointer(dafter), *dy.stride()[:3], *outputs)
     library.bestiary_linear_attention_backward(ctypes.byref(call), ctypes.byref(back))
     del alive
     dq, dk = (x.squeeze(0) if parts == 1 else x.sum(0) for x in (dq, dk))
