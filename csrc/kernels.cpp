@@ -69,7 +69,7 @@ EXPORT void bestiary_delta_backward(const Delta* d, const DeltaBack* r) { delta:
 EXPORT void bestiary_elementwise(i64 n, i64 which, const float* x, float* y) {
   for (i64 i = 0; i < n; i += W) {
     vf v = load(x + i);
-    store(y + i, which == 0 ? exp(v) : which == 1 ? sigmoid(v) : which == 2 ? softplus(v) : silu(v));
+    store(y + i, which == 0 ? exp(v) : which == 1 ? sigmoid(v) : which == 2 ? softplus(v) : which == 3 ? silu(v) : exp2(v));
   }
 }
 

@@ -369,19 +369,19 @@ void cross_entropy_of(i64 rows, i64 vocab, float size) {
 
 // The functions that gates are made of, to a few last places, and where they have none.
 void gates() {
-  const int most[] = {2, 3, 3, 4};
-  const char* names[] = {"exp", "sigmoid", "softplus", "silu"};
+  const int most[] = {2, 3, 3, 4, 2};
+  const char* names[] = {"exp", "sigmoid", "softplus", "silu", "exp2"};
   const float infinite = std::numeric_limits<float>::infinity();
   std::vector<float> x, y(W);
   for (int i = 0; i < 1 << 16; i++) x.push_back(-87 + 175.0f * i / (1 << 16)), x.push_back(-1 + 2.0f * i / (1 << 16));
   for (int i = 0; i < W; i++) x.push_back(0);
   y.resize(x.size() / W * W);
-  for (int which = 0; which < 4; which++) {
+  for (int which = 0; which < 5; which++) {
     bestiary_elementwise(static_cast<i64>(y.size()), which, x.data(), y.data());
     double off = 0;
     for (size_t i = 0; i < y.size(); i++) {
       const double v = x[i], s = sigmoid(v);
-      const double wanted = which == 0 ? std::exp(v) : which == 1 ? s : which == 2 ? softplus(v) : v * s;
+      const double wanted = which == 0 ? std::exp(v) : which == 1 ? s : which == 2 ? softplus(v) : which == 3 ? v * s : std::exp2(v);
       const float size = std::fmax(static_cast<float>(std::fabs(wanted)), 1.2e-38f);
       const double here = std::fabs(y[i] - wanted) / (std::nextafter(size, infinite) - size);
       off = here <= off ? off : here;
@@ -389,7 +389,7 @@ void gates() {
     compared++;
     if (!(off <= most[which])) wrong++, std::printf("%s is off by %g last places\n", names[which], off);
     std::vector<float> odd(W, NaN), found(W);
-    const float ends[] = {infinite, -infinite}, wanted[4][2] = {{infinite, 0}, {1, 0}, {infinite, 0}, {infinite, NaN}};
+    const float ends[] = {infinite, -infinite}, wanted[5][2] = {{infinite, 0}, {1, 0}, {infinite, 0}, {infinite, NaN}, {infinite, 0}};
     bestiary_elementwise(W, which, odd.data(), found.data());
     compared++;
     if (found[0] == found[0]) wrong++, std::printf("%s loses NaN\n", names[which]);
