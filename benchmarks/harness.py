@@ -1,8 +1,9 @@
 """Contenders take turns, round after round, each in a process of its own: what disturbs one disturbs all.
 
-Each round asks every contender once, in an order that turns by one from round to round, and pauses in between, so that
-threads that wait in one process do not take time from the next. What is reported: the median of the rounds with the
-least and the most, and for each peer the median over rounds of (its time / ours), with the range.
+Each round asks every contender once, for a fifth of a second at least (benchmarks/child.py), in an order that turns by
+one from round to round, and pauses in between, so that threads that wait in one process do not take time from the next.
+What is reported: the median of the rounds with the least and the most, and for each peer the median over rounds of
+(its time / ours), with the range.
 """
 
 import json
@@ -85,7 +86,7 @@ class Result:
     per: float = 0.0
     unit: str = ""
     source: str = ""
-    """Of which sources of ours this is a result."""
+    """Of which sources of ours this is a result, when, and on how many threads."""
     computes_with: str = ""
 
 
