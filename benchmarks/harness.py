@@ -91,13 +91,13 @@ class Result:
 
 
 class Child:
-    """A contender in a process of its own: `python -m benchmarks.child GROUP WORK CONTENDER`.
+    """A contender in a process of its own: `python -m benchmarks.child GROUP WORK CONTENDER`, or another such module.
 
     `wait` until it is ready; then `run` it.
     """
 
-    def __init__(self, group: str, work: str, contender: str, environment: dict[str, str]):
-        command = [sys.executable, "-m", "benchmarks.child", group, work, contender]
+    def __init__(self, arguments: list[str], environment: dict[str, str], module: str = "benchmarks.child"):
+        command = [sys.executable, "-m", module, *arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
         )
@@ -113,6 +113,10 @@ class Child:
 
     def run(self) -> float:
         """One round."""
+        return float(self.ask())
+
+    def ask(self) -> str:
+        """One round, and all that is said of it."""
         assert self.process.stdin is not None
         try:
             print("go", file=self.process.stdin, flush=True)
@@ -122,7 +126,7 @@ class Child:
         if word != "took":
             self.close()
             raise Missing(rest or f"it ended, with {self.process.returncode}")
-        return float(rest)
+        return rest
 
     def close(self) -> None:
         """End it."""
@@ -143,7 +147,7 @@ def children(group: str, work: Work, environment: dict[str, str]) -> Iterator[di
     found: dict[str, Child | Missing] = {}
     try:
         for name in work.contenders:
-            found[name] = child = Child(group, work.name, name, environment)
+            found[name] = child = Child([group, work.name, name], environment)
             try:
                 child.wait()
             except Missing as error:

@@ -195,7 +195,7 @@ def train() -> list[Work]:
     found = []
     for name, half, target in (("fp32", False, 5.0), ("bf16", True, 7.0)):
         contenders = {
-            f"bestiary {name}": Contender(lambda half=half: _ours_step(PROMPT, half=half)),
+            f"bestiary {name}": Contender(lambda half=half: training_step(f"mamba*{LAYERS}", PROMPT, half=half)),
             "mambapy fp32": Contender(lambda: _mambapy_train(half=False), target),
         }
         if half:
@@ -205,7 +205,7 @@ def train() -> list[Work]:
     for time, share, target in ((512, 1, 1.0), (2048, 1, 1.3), (8192, 2, 2.5)):
         layers = LAYERS // share
         contenders = {
-            "bestiary mamba": Contender(lambda time=time, layers=layers: _ours_step(time, layers)),
+            "bestiary mamba": Contender(lambda time=time, layers=layers: training_step(f"mamba*{layers}", time)),
             "transformers GPTNeoX, SDPA": Contender(
                 lambda time=time, layers=layers: _neox_step(time, layers // 2), target
             ),
@@ -226,8 +226,9 @@ def _step(parameters: Any, loss: Callable[[], Tensor]) -> Run:
     return run
 
 
-def _ours_step(time: int, layers: int = LAYERS, *, half: bool = False) -> Run:
-    net, tokens = model(f"mamba*{layers}").train(), torch.randint(VOCABULARY, (1, time + 1))
+def training_step(layout: str, time: int, *, half: bool = False) -> Run:
+    """Loss and gradients of one of ours, in fp32 or by bf16 autocast."""
+    net, tokens = model(layout).train(), torch.randint(VOCABULARY, (1, time + 1))
 
     def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
