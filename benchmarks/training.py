@@ -42,7 +42,7 @@ def share_of_products(run: Run) -> float:
     times: dict[str, float] = {}
     for event in profiler.key_averages():
         times[event.key] = times.get(event.key, 0.0) + event.self_cpu_time_total
-    products = sum(time for name, time in times.items() if name.split("::")[-1] in PRODUCTS)
+    products = sum(time for name, time in times.items() if name.split("::")[-1].rstrip("_") in PRODUCTS)
     return products / sum(times.values())
 
 

@@ -1,7 +1,12 @@
 """Blocks of memory are used again when nobody needs them, never before, and only so many are kept."""
 
+import ctypes
 import gc
+import mmap
+import subprocess
+import sys
 
+import pytest
 import torch
 
 from bestiary.ops.native import memory
@@ -47,3 +52,26 @@ def test_weights_lie_side_by_side_at_cache_lines() -> None:
     first, second = room(100), room(5)
     assert second.data_ptr() - first.data_ptr() == 128 and first.data_ptr() % 64 == 0
     assert len(room(memory.CHUNK + 1)) == memory.CHUNK + 1
+
+
+KEEPING = """
+import resource, sys, torch
+from bestiary.ops.native.memory import keep_freed
+assert keep_freed()
+for _ in range(2):
+    torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="the C library is not glibc")
+def test_a_process_that_keeps_its_memory_gets_few_new_pages_from_the_system() -> None:
+    def new_pages(source: str) -> int:
+        done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    given_back = new_pages(KEEPING.replace("assert keep_freed()", "assert True"))
+    assert given_back > 4 * 2**26 // mmap.PAGESIZE // 2 and new_pages(KEEPING) < given_back // 10
