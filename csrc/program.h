@@ -34,7 +34,8 @@ struct Program {
 
 namespace program {
 
-enum Op { UNARY, BINARY, LERP, REDUCE, LAYER_NORM, PRODUCT, BATCHED, CONVOLUTION, SCAN, LINEAR, DELTA, WKV, ATTEND, ADVANCE, ROTATE };
+enum Op { UNARY, BINARY, LERP, REDUCE, LAYER_NORM, PRODUCT, BATCHED, CONVOLUTION, SCAN, LINEAR, DELTA, WKV, ATTEND, ADVANCE, ROTATE,
+          GATHER };
 enum Unary { COPY, NEG, EXP, SIGMOID, SILU, TANH, RELU, SOFTPLUS, LOG_SIGMOID, GELU, GELU_TANH, ELU, SQRT, RSQRT, RECIPROCAL,
              ABS, LOG, EXPM1, SIN, COS, AFFINE, SQUARE, CLAMP };
 enum Binary { ADD, SUB, MUL, DIV, MAX, MIN };
@@ -501,6 +502,14 @@ inline void rotate(const Run& run, const Instruction& i) {
   }
 }
 
+// y[..., n] = x[..., index[n]]. Operands: y, x, whole 64-bit numbers in one piece.
+inline void gather(const Run& run, const Instruction& i) {
+  const i64* index = reinterpret_cast<const i64*>(run.view(i, 2).data);
+  along<2>(run, i, [&](float* const* p, const i64* s) {
+    for (i64 n = 0; n < i.shape[3]; n++) p[0][n * s[0]] = p[1][index[n] * s[1]];
+  });
+}
+
 inline void instruction(const Run& run, const Instruction& i) {
   const float a = static_cast<float>(i.real[0]), b = static_cast<float>(i.real[1]);
   switch (i.op) {
@@ -519,6 +528,7 @@ inline void instruction(const Run& run, const Instruction& i) {
     case ATTEND: return attend(run, i);
     case ADVANCE: return advance(run, i);
     case ROTATE: return rotate(run, i);
+    case GATHER: return gather(run, i);
   }
 }
 

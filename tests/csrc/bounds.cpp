@@ -242,6 +242,10 @@ int instructions() {
       s.i.number[0] = which, s.operand({2, 1, 3, 1}), s.operand({2, 1, 3, n});
       s.operands[0].stride[3] = 0, s.run(0);
     }
+    std::vector<i64> last(n + 2, n - 1);
+    Single gather(program::GATHER, {2, 1, 3, n + 2});
+    gather.operand({2, 1, 3, n + 2}), gather.operand({2, 1, 3, n});
+    gather.operands.push_back({-1, reinterpret_cast<i64>(last.data()), {}}), gather.run(0), ran++;
     Single norm(program::LAYER_NORM, {1, 2, 3, n});
     for (int k = 0; k < 4; k++) norm.operand({1, 2, 3, n});
     norm.i.real[0] = 1e-5, norm.run(0);

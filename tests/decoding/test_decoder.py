@@ -12,7 +12,7 @@ from bestiary.state import nbytes
 
 pytestmark = needed
 CAUSAL = [name for name in mixers.names() if mixers.get(name).causal]
-AS_THEY_ARE = {"based", "delta_product", "hyena", "log_linear_attention", "m2_gpt", "mamba3", "mla"}
+AS_THEY_ARE = {"delta_product", "hyena", "log_linear_attention", "m2_gpt", "mamba3", "mla"}
 """Mixers whose step is not lowered; each of the others must be, or a change has lost its speed."""
 
 

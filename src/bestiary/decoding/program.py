@@ -37,6 +37,7 @@ class Op(enum.IntEnum):
     ATTEND = enum.auto()
     ADVANCE = enum.auto()
     ROTATE = enum.auto()
+    GATHER = enum.auto()
 
 
 UNARY = [
