@@ -153,7 +153,14 @@ def _attend(
     _one_step(q)
     o, *after = result
     kind = "plain" if window else "cache"
-    cached = [_target(low, new, old, kind) for new, old in zip(after[:2], (keys, values))]
+    cached = [_target(low, after[0], keys, kind)]
+    if storage(values) == storage(keys):  # values are the keys' first channels, and what writes the keys writes them
+        if window or values.storage_offset() != keys.storage_offset():
+            raise Unsupported("values that are some other part of the keys")
+        after[1] = after[0][..., : values.shape[-1]]
+        cached *= 2
+    else:
+        cached.append(_target(low, after[1], values, kind))
     counted = _target(low, after[2], position, "positions")
     low.new(o)
     for new, leaf in zip(after, (*cached, counted)):
