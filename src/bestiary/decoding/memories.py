@@ -96,19 +96,19 @@ def _delta(
     low: Lowering, result: Any, q: Tensor, k: Tensor, v: Tensor, beta: Any, g: Any, a: Any, b: Any, before: Tensor,
     scale: float, save: bool,
 ) -> None:  # fmt: skip
-    _one_step(q, k, v)
     o, after = result[:2]
     low.new(o)
-    low.new_memory(after)
-    rows, _, heads, values = v.shape
+    rows, time, heads, values = v.shape
     low.memory.scratch_for(2 * (-(-q.shape[3] // 32) * 32))
-    low.memory.work += 8 * after.numel()
+    low.memory.work += 8 * after.numel() * time
     numbers = (0 if g is None else g.ndim - 2, int(beta is not None), int(a is not None))
-    parts = [None if x is None else x[:, 0] for x in (q, k, _dense(v), beta, g, a, b)]
-    low.emit(
-        Op.DELTA, (rows, heads, q.shape[3], values), [o[:, 0], after], [*parts, before], number=numbers,
-        real=(scale, 0.0), shared=after.numel() >= SHARED_FROM,
-    )  # fmt: skip
+    low.new_memory(after)
+    for t in range(time):  # several writes a step: all but the first read what they write over
+        parts = [None if x is None else x[:, t] for x in (q, k, _dense(v), beta, g, a, b)]
+        low.emit(
+            Op.DELTA, (rows, heads, q.shape[3], values), [o[:, t], after], [*parts, after if t else before],
+            number=numbers, real=(scale, 0.0), shared=after.numel() >= SHARED_FROM,
+        )  # fmt: skip
 
 
 def _dense(x: Tensor) -> Tensor:
