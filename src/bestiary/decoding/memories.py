@@ -186,6 +186,30 @@ def _attend(
     low.emit(Op.ADVANCE, (rows,), [after[2]], [position], places=[], number=(counted.old, counted.new))
 
 
+@handles("log_linear")
+def _log_linear(
+    low: Lowering, result: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, weights: Tensor, before: Tensor,
+    position: Tensor, scale: float,
+) -> None:  # fmt: skip
+    _one_step(q)
+    o, after, counted = result
+    leaf, counter = _target(low, after, before), _target(low, counted, position, "positions")
+    low.new(o)
+    low.bind(after, leaf)
+    low.bind(counted, counter)
+    rows, levels, heads, keys, values = before.shape
+    now = [x[:, 0] for x in (q, k, _dense(v), g, weights)]
+    memories = [Place(region, 0, before.contiguous().stride()[:4]) for region in (leaf.new, leaf.old)]
+    places = [low.place(o[:, 0]), memories[0], *(low.place(x) for x in now), memories[1]]
+    low.memory.scratch_for(-(-values // 32) * 32)
+    low.memory.work += 2 * before.numel()
+    low.emit(
+        Op.FENWICK, (rows, heads, keys, values), [o, after], [*now, before, position], places=places,
+        number=(levels, counter.old), real=(scale,), shared=rows * heads * keys * values >= SHARED_FROM,
+    )  # fmt: skip
+    low.emit(Op.ADVANCE, (rows,), [counted], [position], places=[], number=(counter.old, counter.new))
+
+
 @handles("turn")
 def _turn(low: Lowering, result: Tensor, x: Tensor, position: Tensor, base: float, dims: int, stretch: float) -> None:
     _one_step(x)

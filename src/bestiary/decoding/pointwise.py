@@ -99,6 +99,14 @@ for _name in BINARY:
     handles(_name, _name + "_")(_binary(_name))
 
 
+@handles("sum_angles")
+def _sum_angles(low: Lowering, result: Tensor, start: Tensor, turns: Tensor) -> None:
+    if turns.shape[1] != 1:
+        raise Unsupported("several steps in one")
+    low.new(result)
+    low.elementwise(Op.BINARY, result[:, 0], [start, turns[:, 0]], number=(BINARY.index("turned"),))
+
+
 @handles("rsub")
 def _rsub(low: Lowering, result: Tensor, x: Tensor, y: float, alpha: float = 1.0) -> None:
     low.new(result)
