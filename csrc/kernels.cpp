@@ -15,7 +15,7 @@
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT i64 bestiary_version() { return 3; }
+EXPORT i64 bestiary_version() { return 4; }
 EXPORT i64 bestiary_lanes() { return W; }
 EXPORT i64 bestiary_threads() {
 #ifdef _OPENMP

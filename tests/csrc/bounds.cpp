@@ -233,7 +233,7 @@ int instructions() {
       Single s(program::UNARY, {2, 1, 3, n});
       s.i.number[0] = which, s.operand({2, 1, 3, n}), s.operand({2, 1, 3, n}, 0.1f, 2), s.run(0);
     }
-    for (i64 which = 0; which < 6; which++, ran++) {
+    for (i64 which = 0; which < 7; which++, ran++) {
       Single s(program::BINARY, {2, 1, 3, n});
       s.i.number[0] = which, s.operand({2, 1, 3, n}), s.operand({2, 1, 3, n}), s.operand({2, 1, 3, n}, 1, 2), s.run(0);
     }
@@ -242,6 +242,10 @@ int instructions() {
       s.i.number[0] = which, s.operand({2, 1, 3, 1}), s.operand({2, 1, 3, n});
       s.operands[0].stride[3] = 0, s.run(0);
     }
+    std::vector<i64> last(n + 2, n - 1);
+    Single gather(program::GATHER, {2, 1, 3, n + 2});
+    gather.operand({2, 1, 3, n + 2}), gather.operand({2, 1, 3, n});
+    gather.operands.push_back({-1, reinterpret_cast<i64>(last.data()), {}}), gather.run(0), ran++;
     Single norm(program::LAYER_NORM, {1, 2, 3, n});
     for (int k = 0; k < 4; k++) norm.operand({1, 2, 3, n});
     norm.i.real[0] = 1e-5, norm.run(0);
@@ -299,6 +303,21 @@ int instructions() {
           Single more(program::ADVANCE, {2});
           more.i.number[0] = more.region(positions), more.i.number[1] = more.region(next), more.run(0);
         }
+    for (i64 keys : {1, 19})
+      for (i64 levels : {1, 2, 5})
+        for (i64 past : {0, 1, 7, 100})
+          for (bool same : {false, true}) {
+            i64 positions[2] = {past, past / 2};
+            const i64 count = 2 * levels * 4 * keys * n;
+            Single s(program::FENWICK, {2, 4, keys, n});
+            Operand memory = {-1, 0, {levels * 4 * keys * n, 4 * keys * n, keys * n, n}};
+            memory.at = reinterpret_cast<i64>(s.pool.get(count));
+            s.operand({2, 4, n}), s.operands.push_back(memory), s.operand({2, 4, keys}), s.operand({2, 4, keys});
+            s.operand({2, 4, n}), s.operand({2, 4}, -1, 0), s.operand({2, 4, levels + 1});
+            if (!same) memory.at = reinterpret_cast<i64>(s.pool.get(count));
+            s.operands.push_back(memory), s.i.number[0] = levels, s.i.number[1] = s.region(positions), s.i.real[0] = 1;
+            s.run(whole_groups(n)), ran++;
+          }
     for (i64 rows : {1, 3, 9}) {
       Pool pool;
       Packed p(pool, 33, n, 3, true);

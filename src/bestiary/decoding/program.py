@@ -37,13 +37,15 @@ class Op(enum.IntEnum):
     ATTEND = enum.auto()
     ADVANCE = enum.auto()
     ROTATE = enum.auto()
+    GATHER = enum.auto()
+    FENWICK = enum.auto()
 
 
 UNARY = [
     *("copy", "neg", "exp", "sigmoid", "silu", "tanh", "relu", "softplus", "log_sigmoid", "gelu", "gelu_tanh", "elu"),
     *("sqrt", "rsqrt", "reciprocal", "abs", "log", "expm1", "sin", "cos", "affine", "square", "clamp"),
 ]
-BINARY = ["add", "sub", "mul", "div", "maximum", "minimum"]
+BINARY = ["add", "sub", "mul", "div", "maximum", "minimum", "turned"]
 REDUCTIONS = ["sum", "mean", "amax", "length"]
 
 

@@ -19,7 +19,7 @@ from bestiary.errors import UsageError
 from bestiary.ops.native import memory
 
 VARIABLE = "BESTIARY_KERNELS"
-VERSION = 3  # of the C interface
+VERSION = 4  # of the C interface
 FOLDER = Path(__file__).parent
 SETS = {"avx512": ("AVX512",), "avx2": ("AVX2", "AVX512"), "neon": ("DEFAULT", "NEON")}
 """Instruction sets, the best first, and what torch calls processors that have them."""
