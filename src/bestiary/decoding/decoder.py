@@ -112,15 +112,11 @@ class _Plan:
         x = embedded = self.model.embed(tokens)
         if self.whole is not None and state is self.last and states.may_write():
             return self.whole.again(x), state
-        context, after = Context(embeddings=embedded[:, None]), list[Any]()
-        before = (*state.layers, states.Empty())
-        for stretch in self.stretches:
-            if isinstance(stretch, Layer):
-                x, layer = stretch.step(x, before[stretch.index], context)
-                after.append(layer)
-            else:
-                x, layers = stretch.run(x, before[stretch.first : stretch.first + len(stretch.layers)], context)
-                after.extend(layers)
-        state = type(state)(tuple(after[:-1]))
+        context, before = Context(embeddings=embedded[:, None]), (*state.layers, states.Empty())
+        given = [part.ready(before[part.first : part.first + len(part.layers)]) for part in self.stretches]
+        self.last = None  # all is well: only now does anything change
+        for part, ready in zip(self.stretches, given):
+            x = part.run(x, ready, context)
+        state = type(state)(tuple(layer for ready in given for layer in ready.after)[:-1])
         self.last = None if self.whole is None else state
         return x, state
