@@ -4,31 +4,16 @@ import threading
 
 import pytest
 import torch
+from decoding.kit import close, make
 from ops.native.kit import needed
-from torch import Tensor
 
 from bestiary import LanguageModel, ModelConfig, mixers, state
-from bestiary.errors import UsageError
 from bestiary.state import nbytes
 
 pytestmark = needed
 CAUSAL = [name for name in mixers.names() if mixers.get(name).causal]
 AS_THEY_ARE = {"based", "delta_product", "hyena", "log_linear_attention", "m2_gpt", "mamba3", "mla"}
 """Mixers whose step is not lowered; each of the others must be, or a change has lost its speed."""
-
-
-def make(layout: str, width: int = 64, **options: object) -> LanguageModel:
-    torch.manual_seed(0)
-    model = LanguageModel(ModelConfig(layout, width, 50, **options)).eval()  # type: ignore[arg-type]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def close(found: Tensor, expected: Tensor) -> bool:
-    size = expected.abs().max().item() if expected.numel() else 0.0
-    return found.shape == expected.shape and (found - expected).abs().le(2e-5 * size + 1e-30).all().item()
 
 
 def follow(model: LanguageModel, fast: LanguageModel, rows: int, *, before: int = 5, steps: int = 4) -> None:
@@ -162,36 +147,6 @@ def test_a_state_that_is_given_away_again_and_again_is_followed_wherever_it_is()
                     _, other = fast.step(token, other)
             if i == 6:
                 ours = state.fork(ours)
-
-
-@pytest.mark.parametrize("fault", ["dtype", "gradient", "shape", "tensors"])
-def test_a_state_that_is_refused_is_left_as_it_was_and_the_session_before_goes_on(fault: str) -> None:
-    """Layers before the one at fault must not have taken their step, in either session."""
-    wrong = {
-        "dtype": lambda x: x.double() if x.is_floating_point() else x,
-        "gradient": lambda x: x.clone().requires_grad_() if x.is_floating_point() else x,
-        "shape": lambda x: x[..., :-1].clone(),
-    }
-    for layout in ("mamba*2", "mamba hyena mamba", "gla attention gla"):
-        model = make(layout)
-        fast, token = model.packed("fp32"), torch.tensor([3])
-        with torch.no_grad(), state.in_place():
-            _, ours = fast(torch.randint(50, (1, 5)))
-            _, other = fast(torch.randint(50, (1, 4)))
-            *layers, last = other.layers
-            last = state.Empty() if fault == "tensors" else state.map_tensors(wrong[fault], last)
-            _, ours = fast.step(token, ours)
-            expected, _ = model.step(token, state.fork(ours))
-            faulty = type(ours)((*layers, last))
-            kept = state.fork(faulty)
-            if fault in ("dtype", "gradient"):  # the model itself takes the step
-                assert close(fast.step(token, faulty)[0], model.step(token, kept)[0])
-            else:
-                with pytest.raises(UsageError):
-                    fast.step(token, faulty)
-                assert all(map(torch.equal, state.tensors(faulty), state.tensors(kept)))
-            del other, layers, last, faulty
-            assert close(fast.step(token, ours)[0], expected)
 
 
 def test_generation_is_the_models_own() -> None:

@@ -36,8 +36,9 @@ class Layer:
         self.leaves: list[Leaf] = []
         self.first, self.layers = index, [self]
 
-    def ready(self, before: Sequence[Any]) -> Ready:
+    def ready(self, before: Sequence[Any], taken: set[int]) -> Ready:
         """As for a piece: nothing needs to be looked at."""
+        del taken
         ready = Ready()
         ready.after += before
         return ready
@@ -156,7 +157,7 @@ class Piece:
         assert self.samples is not None
         x, embedded, values = self.samples
         context = Context(embeddings=embedded[:, None], v_first=values)
-        ready = self.ready([layer.sample for layer in self.layers])
+        ready = self.ready([layer.sample for layer in self.layers], set())
         found = self.run(x, ready, context)
         for name, ours, theirs in (("result", found, y), *(
             (f"state of layer {layer.index}", a, b)
@@ -168,8 +169,12 @@ class Piece:
             if not same:
                 raise Unsupported(f"its program computes another {name}")
 
-    def ready(self, before: Sequence[Any]) -> Ready:
-        """Each layer's state made ready for `run`. One that is refused is left as it was, and so is the program."""
+    def ready(self, before: Sequence[Any], taken: set[int]) -> Ready:
+        """Each layer's state made ready for `run`. One that is refused is left as it was, and so is the program.
+
+        Args:
+            taken: memory that holds something else as well, and so is not written over; what is ready joins it.
+        """
         write, found = states.may_write(), Ready()
         for layer, state in zip(self.layers, before):
             tensors, made = states.tensors(state), list[Tensor]()
@@ -180,6 +185,12 @@ class Piece:
                 continue
             for leaf, tensor in zip(layer.leaves, tensors):
                 leaf.check(tensor, layer.index)
+            if write:
+                for i, tensor in enumerate(tensors):
+                    memory = memory_of(tensor)
+                    if memory in taken and tensor.numel():
+                        tensors[i] = tensor.clone()
+                    taken.add(memory)
             places = dict(zip(map(id, layer.leaves), tensors))
             for leaf, tensor in zip(layer.leaves, tensors):
                 old, new, result = leaf.ready(tensor, write, places)
@@ -233,3 +244,8 @@ class Piece:
 def rebuilt(state: Any, leaves: Iterator[Tensor]) -> Any:
     """A state of the same structure with other tensors."""
     return states.map_tensors(lambda _: next(leaves), state)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Where the memory begins that it is a part of."""
+    return tensor.untyped_storage().data_ptr()
