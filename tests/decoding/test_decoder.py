@@ -4,8 +4,8 @@ import threading
 
 import pytest
 import torch
+from decoding.kit import close, make
 from ops.native.kit import needed
-from torch import Tensor
 
 from bestiary import LanguageModel, ModelConfig, mixers, state
 from bestiary.state import nbytes
@@ -14,20 +14,6 @@ pytestmark = needed
 CAUSAL = [name for name in mixers.names() if mixers.get(name).causal]
 AS_THEY_ARE = {"hyena", "m2_gpt"}
 """Mixers whose step is not lowered; each of the others must be, or a change has lost its speed."""
-
-
-def make(layout: str, width: int = 64, **options: object) -> LanguageModel:
-    torch.manual_seed(0)
-    model = LanguageModel(ModelConfig(layout, width, 50, **options)).eval()  # type: ignore[arg-type]
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def close(found: Tensor, expected: Tensor) -> bool:
-    size = expected.abs().max().item() if expected.numel() else 0.0
-    return found.shape == expected.shape and (found - expected).abs().le(2e-5 * size + 1e-30).all().item()
 
 
 def follow(model: LanguageModel, fast: LanguageModel, rows: int, *, before: int = 5, steps: int = 4) -> None:

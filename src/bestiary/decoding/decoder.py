@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bestiary import state as states
 from bestiary.decoding.lowering import OtherNumbers, Unsupported
-from bestiary.decoding.piece import Layer, Piece
+from bestiary.decoding.piece import Layer, Piece, memory_of
 from bestiary.errors import UsageError
 from bestiary.mixers import Context
 from bestiary.ops.native.matvec import FEW_ROWS
@@ -95,6 +95,7 @@ class _Plan:
         self._close(piece)
         (only, *others) = self.stretches
         self.whole = None if others or isinstance(only, Layer) or only.grows else only
+        self.weights = {memory_of(x) for x in (*model.parameters(), *model.buffers())}  # a state may begin as one
         self.last: Any = None  # the state that the last step left, if the whole model is one program
 
     def _close(self, piece: Piece) -> None:
@@ -112,15 +113,16 @@ class _Plan:
         x = embedded = self.model.embed(tokens)
         if self.whole is not None and state is self.last and states.may_write():
             return self.whole.again(x), state
-        context, after = Context(embeddings=embedded[:, None]), list[Any]()
-        before = (*state.layers, states.Empty())
-        for stretch in self.stretches:
-            if isinstance(stretch, Layer):
-                x, layer = stretch.step(x, before[stretch.index], context)
-                after.append(layer)
-            else:
-                x, layers = stretch.run(x, before[stretch.first : stretch.first + len(stretch.layers)], context)
-                after.extend(layers)
-        state = type(state)(tuple(after[:-1]))
+        context, before = Context(embeddings=embedded[:, None]), (*state.layers, states.Empty())
+        parts = [before[part.first : part.first + len(part.layers)] for part in self.stretches]
+        taken = self.weights.copy()
+        for part, layers in zip(self.stretches, parts):
+            if isinstance(part, Layer):
+                taken |= {memory_of(x) for x in states.tensors(layers)}
+        given = [part.ready(layers, taken) for part, layers in zip(self.stretches, parts)]
+        self.last = None  # all is well: only now does anything change
+        for part, ready in zip(self.stretches, given):
+            x = part.run(x, ready, context)
+        state = type(state)(tuple(layer for ready in given for layer in ready.after)[:-1])
         self.last = None if self.whole is None else state
         return x, state

@@ -84,21 +84,23 @@ class Leaf:
         self.counter: Leaf | None = None  # of a cache: the positions
         self.written, self.written_by = False, -1
 
-    def ready(self, tensor: Tensor, layer: int, write: bool, state: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(old numbers, where the new ones go, the new state's tensor).
-
-        Args:
-            layer: for messages.
-            write: whether the old ones may be written over.
-            state: the layer's tensors by the id of their leaf.
-        """
-        shape = self.shape if self.counter is None else (self.shape[0], tensor.shape[1], *self.shape[2:])
+    def check(self, tensor: Tensor, layer: int) -> None:
+        """Refuse what a program cannot read; `layer` is for messages."""
+        shape = self.shape if self.counter is None else (self.shape[0], *tensor.shape[1:2], *self.shape[2:])
         if tensor.shape != shape:
             raise UsageError(
                 f"layer {layer}: a tensor of its state must be of shape {shape}, not {tuple(tensor.shape)}"
             )
         if tensor.dtype != self.dtype or tensor.device.type != "cpu" or tensor.requires_grad:
             raise OtherNumbers
+
+    def ready(self, tensor: Tensor, write: bool, state: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(old numbers, where the new ones go, the new state's tensor); nothing is written yet.
+
+        Args:
+            write: whether the old ones may be written over.
+            state: the layer's tensors by the id of their leaf.
+        """
         if self.kind == "turned":
             old = tensor.transpose(1, 2).contiguous()
             new = old if write else torch.empty_like(old)

@@ -11,12 +11,20 @@ from bestiary import state as states
 from bestiary.decoding.lowering import Leaf, Lowering, Memory, Unsupported
 from bestiary.decoding.program import UNARY, WORKSPACE, Instruction, Op, Place, Program
 from bestiary.decoding.trace import Trace, storage
+from bestiary.errors import UsageError
 from bestiary.mixers import Context
 from bestiary.ops.native import traced
 from bestiary.ops.native.library import buffer
 
 TOLERANCE = 1e-4
 """Largest difference between layers and their program, as a share of the largest number."""
+
+
+class Ready:
+    """States that a program may read: where each leaf's numbers are and where the new ones go, and the new states."""
+
+    def __init__(self) -> None:
+        self.leaves, self.after = list[tuple[Leaf, Tensor, Tensor]](), list[Any]()
 
 
 class Layer:
@@ -26,6 +34,19 @@ class Layer:
         self.step, self.sample, self.index = step, sample, index
         self.after: Any = None  # the sample's next state
         self.leaves: list[Leaf] = []
+        self.first, self.layers = index, [self]
+
+    def ready(self, before: Sequence[Any], taken: set[int]) -> Ready:
+        """As for a piece: nothing needs to be looked at."""
+        del taken
+        ready = Ready()
+        ready.after += before
+        return ready
+
+    def run(self, x: Tensor, ready: Ready, context: Context) -> Tensor:
+        """One step as it is; the new state is in `ready.after`."""
+        y, ready.after[0] = self.step(x, ready.after[0], context)
+        return y
 
     def call(self, x: Tensor, embedded: Tensor, values: Tensor | None, leaves: Sequence[Tensor]) -> Any:
         """The step as a function of tensors alone: (result, first values, new leaves)."""
@@ -136,10 +157,11 @@ class Piece:
         assert self.samples is not None
         x, embedded, values = self.samples
         context = Context(embeddings=embedded[:, None], v_first=values)
-        found, after = self.run(x, [layer.sample for layer in self.layers], context)
+        ready = self.ready([layer.sample for layer in self.layers], set())
+        found = self.run(x, ready, context)
         for name, ours, theirs in (("result", found, y), *(
             (f"state of layer {layer.index}", a, b)
-            for layer, new in zip(self.layers, after)
+            for layer, new in zip(self.layers, ready.after)
             for a, b in zip(states.tensors(new), states.tensors(layer.after))
         )):  # fmt: skip
             size = theirs.abs().max().item() if theirs.numel() else 0.0
@@ -147,11 +169,41 @@ class Piece:
             if not same:
                 raise Unsupported(f"its program computes another {name}")
 
-    def run(self, x: Tensor, before: Sequence[Any], context: Context) -> tuple[Tensor, list[Any]]:
-        """One step: (result, each layer's new state)."""
+    def ready(self, before: Sequence[Any], taken: set[int]) -> Ready:
+        """Each layer's state made ready for `run`. One that is refused is left as it was, and so is the program.
+
+        Args:
+            taken: memory that holds something else as well, and so is not written over; what is ready joins it.
+        """
+        write, found = states.may_write(), Ready()
+        for layer, state in zip(self.layers, before):
+            tensors, made = states.tensors(state), list[Tensor]()
+            if len(tensors) != len(layer.leaves):
+                raise UsageError(f"layer {layer.index}: its state has {len(layer.leaves)} tensors, not {len(tensors)}")
+            if not tensors:
+                found.after.append(state)
+                continue
+            for leaf, tensor in zip(layer.leaves, tensors):
+                leaf.check(tensor, layer.index)
+            if write:
+                for i, tensor in enumerate(tensors):
+                    memory = memory_of(tensor)
+                    if memory in taken and tensor.numel():
+                        tensors[i] = tensor.clone()
+                    taken.add(memory)
+            places = dict(zip(map(id, layer.leaves), tensors))
+            for leaf, tensor in zip(layer.leaves, tensors):
+                old, new, result = leaf.ready(tensor, write, places)
+                found.leaves.append((leaf, old, new))
+                made.append(result)
+            found.after.append(rebuilt(state, iter(made)))
+        return found
+
+    def run(self, x: Tensor, ready: Ready, context: Context) -> Tensor:
+        """One step; the new states are `ready.after`."""
         assert self.program is not None
-        regions, write, alive = self.program.regions, states.may_write(), list[Tensor]()
-        y, x, after = buffer(*self.shape), x.contiguous(), list[Any]()
+        regions, alive = self.program.regions, list[Tensor]()
+        y, x = buffer(*self.shape), x.contiguous()
         regions[self.input], regions[self.output] = x.data_ptr(), y.data_ptr()
         if context.embeddings is not None:
             alive.append(context.embeddings.contiguous())
@@ -159,27 +211,16 @@ class Piece:
         if self.hears and context.v_first is not None:
             alive.append(context.v_first.contiguous())
             regions[self.values] = alive[-1].data_ptr()
-        for layer, state in zip(self.layers, before):
-            if not layer.leaves:
-                after.append(state)
-                continue
-            tensors = states.tensors(state)
-            made = list[Tensor]()
-            places = dict(zip(map(id, layer.leaves), tensors))
-            for leaf, tensor in zip(layer.leaves, tensors, strict=True):
-                old, new, result = leaf.ready(tensor, layer.index, write, places)
-                regions[leaf.old], regions[leaf.new] = old.data_ptr(), new.data_ptr()
-                if leaf.slots >= 0:
-                    regions[leaf.slots] = new.shape[1]
-                alive += (old, new)
-                made.append(result)
-            after.append(rebuilt(state, iter(made)))
+        for leaf, old, new in ready.leaves:
+            regions[leaf.old], regions[leaf.new] = old.data_ptr(), new.data_ptr()
+            if leaf.slots >= 0:
+                regions[leaf.slots] = new.shape[1]
         self.program.run()
-        self.moved = not write
+        self.moved = not states.may_write()
         if self.said is not None:
             at, shape = self.said
             context.v_first = self.program.workspace[at : at + math.prod(shape)].reshape(shape).clone()
-        return y, after
+        return y
 
     def again(self, x: Tensor) -> Tensor:
         """One step more from the state that `run` left, which is written over; x is the embedding as well."""
@@ -203,3 +244,8 @@ class Piece:
 def rebuilt(state: Any, leaves: Iterator[Tensor]) -> Any:
     """A state of the same structure with other tensors."""
     return states.map_tensors(lambda _: next(leaves), state)
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Where the memory begins that it is a part of."""
+    return tensor.untyped_storage().data_ptr()

@@ -52,8 +52,8 @@ class LSTM(Mixer):
         self.input.bias[self.d_model : 2 * self.d_model] = self.forget_bias
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> LSTMState:
-        zero = torch.zeros(batch_size, self.d_model, device=self.own_device(device), dtype=self.own_dtype(dtype))
-        return LSTMState(zero, zero)
+        place: dict[str, Any] = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
+        return LSTMState(*(torch.zeros(batch_size, self.d_model, **place) for _ in range(2)))
 
     def mixing_flops(self, context: int) -> float:
         return 4 * self.d_model

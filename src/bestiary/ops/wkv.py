@@ -67,8 +67,8 @@ def empty_wkv(
     batch: int, channels: int, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> WKVState:
     """The state before the first step."""
-    zero = torch.zeros(batch, channels, dtype=dtype, device=device)
-    return WKVState(zero, zero, torch.full_like(zero, SMALLEST))
+    num, den = (torch.zeros(batch, channels, dtype=dtype, device=device) for _ in range(2))
+    return WKVState(num, den, torch.full_like(num, SMALLEST))
 
 
 @dispatch.form("wkv", "reference")

@@ -1,0 +1,78 @@
+"""States that are written over, refused, or came from elsewhere: each is what the model's own step makes of it."""
+
+import pytest
+import torch
+from decoding.kit import close, make
+from ops.native.kit import needed
+
+from bestiary import mixers, state
+from bestiary.errors import UsageError
+
+pytestmark = needed
+CAUSAL = [name for name in mixers.names() if mixers.get(name).causal]
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_steps_that_write_over_the_state_from_the_very_beginning(name: str) -> None:
+    model = make(f"{name}*2")
+    fast = model.packed("fp32")
+    for rows in (1, 2):
+        ours, theirs = fast.initial_state(rows), model.initial_state(rows)
+        for token in torch.randint(50, (4, rows)):
+            with torch.no_grad():
+                expected, theirs = model.step(token, theirs)
+                with state.in_place():
+                    found, ours = fast.step(token, ours)
+            assert close(found, expected)
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_what_a_mixer_remembers_at_the_beginning_may_be_written_over(name: str) -> None:
+    remembered = [x for x in state.tensors(make(name).initial_state(2)) if x.is_floating_point() and x.numel()]
+    assert len({x.untyped_storage().data_ptr() for x in remembered}) == len(remembered)
+
+
+@pytest.mark.parametrize("layout", ["gla gla", "gla hyena gla", "gla{n_heads=2} mamba gla{n_heads=2}"])
+def test_layers_whose_states_are_the_same_memory_do_not_write_into_each_other(layout: str) -> None:
+    model = make(layout)
+    fast, tokens = model.packed("fp32"), torch.randint(50, (6, 1))
+    with torch.no_grad():
+        _, theirs = model(torch.randint(50, (1, 3)))
+        theirs = type(theirs)((*theirs.layers[:-1], theirs.layers[0]))
+        ours = theirs
+        theirs = state.fork(theirs)
+        for token in tokens:
+            expected, theirs = model.step(token, theirs)
+            with state.in_place():
+                found, ours = fast.step(token, ours)
+            assert close(found, expected)
+
+
+@pytest.mark.parametrize("fault", ["dtype", "gradient", "shape", "tensors"])
+def test_a_state_that_is_refused_is_left_as_it_was_and_the_session_before_goes_on(fault: str) -> None:
+    """Layers before the one at fault must not have taken their step, in either session."""
+    wrong = {
+        "dtype": lambda x: x.double() if x.is_floating_point() else x,
+        "gradient": lambda x: x.clone().requires_grad_() if x.is_floating_point() else x,
+        "shape": lambda x: x[..., :-1].clone(),
+    }
+    for layout in ("mamba*2", "mamba hyena mamba", "gla attention gla"):
+        model = make(layout)
+        fast, token = model.packed("fp32"), torch.tensor([3])
+        with torch.no_grad(), state.in_place():
+            _, ours = fast(torch.randint(50, (1, 5)))
+            _, other = fast(torch.randint(50, (1, 4)))
+            *layers, last = other.layers
+            last = state.Empty() if fault == "tensors" else state.map_tensors(wrong[fault], last)
+            _, ours = fast.step(token, ours)
+            expected, _ = model.step(token, state.fork(ours))
+            faulty = type(ours)((*layers, last))
+            kept = state.fork(faulty)
+            if fault in ("dtype", "gradient"):  # the model itself takes the step
+                assert close(fast.step(token, faulty)[0], model.step(token, kept)[0])
+            else:
+                with pytest.raises(UsageError):
+                    fast.step(token, faulty)
+                assert all(map(torch.equal, state.tensors(faulty), state.tensors(kept)))
+            del other, layers, last, faulty
+            assert close(fast.step(token, ours)[0], expected)
