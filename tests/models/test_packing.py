@@ -1,10 +1,14 @@
 """A packed model computes what the model does, within the rounding of its weights; matrices come back as packed."""
 
+import types
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from ops.native.kit import in_process, needed
+from torch import Tensor, nn
 
 import bestiary
 from bestiary import LanguageModel, ModelConfig, UsageError
@@ -94,6 +98,100 @@ def test_rounded_models_are_the_models_of_the_rounded_weights(tied: bool) -> Non
         assert fast.generate([[1, 2, 3]], max_new_tokens=5) == rounded.generate([[1, 2, 3]], max_new_tokens=5)
     sizes = [packing.nbytes(model.packed(form)) for form in FORMATS]
     assert sizes == sorted(sizes, reverse=True) and sizes[3] < 0.5 * sizes[0]
+
+
+class _Adapted(nn.Linear):
+    """A linear map of its own forward pass, as adapters make them."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__(base.in_features, base.out_features, base.bias is not None)
+        self.weight, self.bias = base.weight, base.bias
+        self.up = nn.Parameter(torch.randn(base.out_features, 3))
+        self.down = nn.Parameter(torch.randn(3, base.in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.down.T @ self.up.T
+
+
+class _Beside(nn.Module):
+    """A linear map with another beside it: the map itself can be packed."""
+
+    def __init__(self, base: nn.Linear):
+        super().__init__()
+        self.base, self.other = base, nn.Linear(base.in_features, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.other(x)
+
+
+class _Doubled(nn.Embedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return 2 * super().forward(tokens)
+
+
+def _hooked(linear: nn.Linear) -> nn.Linear:
+    linear.register_forward_hook(lambda module, given, y: 2 * y)
+    return linear
+
+
+def _hooked_before(linear: nn.Linear) -> nn.Linear:
+    linear.register_forward_pre_hook(lambda module, given: (given[0] + 1,))
+    return linear
+
+
+def _own_forward(linear: nn.Linear) -> nn.Linear:
+    linear.forward = types.MethodType(lambda self, x: 3 * nn.functional.linear(x, self.weight), linear)  # type: ignore[method-assign]
+    return linear
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_Adapted, _hooked, _hooked_before, _own_forward, nn.utils.parametrizations.weight_norm, nn.utils.weight_norm],
+    ids=lambda change: change.__name__.strip("_"),
+)
+@pytest.mark.parametrize("where", ["mixer", "head", "tied"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_what_replaced_or_wrapped_a_linear_map_is_taken_as_it_is_and_said(
+    change: Callable[[nn.Linear], nn.Linear], where: str
+) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig("attention", 32, vocab_size=40, tie_embeddings=where == "tied")).eval()
+    owner, name = (model.blocks[0].mixer, "out") if where == "mixer" else (model, "head")
+    setattr(owner, name, change(getattr(owner, name)))
+    tokens = torch.randint(40, (2, 12))
+    full = "blocks.0.mixer.out" if where == "mixer" else "head"
+    with pytest.warns(UserWarning, match=f"{full} is not packed"):
+        fast = model.packed("fp32")
+    with torch.no_grad():
+        expected, after = model(tokens)
+        torch.testing.assert_close(fast(tokens)[0], expected, rtol=1e-4, atol=2e-5 * expected.abs().max().item())
+        found, wanted = (net.step(tokens[:, 0], after)[0] for net in (fast, model))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_another_embedding_is_taken_as_it_is_and_said(tied: bool) -> None:
+    model = LanguageModel(ModelConfig("gla", 32, vocab_size=40, tie_embeddings=tied)).eval()
+    table, model.embedding = model.embedding, _Doubled(40, 32)
+    model.embedding.weight = table.weight
+    tokens = torch.randint(40, (2, 12))
+    with pytest.warns(UserWarning, match="embedding is not packed"):
+        fast = model.packed("fp32")
+    with torch.no_grad():
+        expected = model(tokens)[0]
+        torch.testing.assert_close(fast(tokens)[0], expected, rtol=1e-4, atol=2e-5 * expected.abs().max().item())
+
+
+def test_a_linear_map_within_a_wrapper_is_packed() -> None:
+    model = LanguageModel(ModelConfig("attention", 32, vocab_size=40)).eval()
+    model.blocks[0].mixer.out = _Beside(model.blocks[0].mixer.out)
+    tokens = torch.randint(40, (2, 12))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast = model.packed("fp32")
+    assert isinstance(fast.blocks[0].mixer.out.base, packing.PackedLinear)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(tokens)[0], model(tokens)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_packed_head_tells_the_loss_of_each_token() -> None:
