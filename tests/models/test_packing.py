@@ -80,6 +80,37 @@ def test_every_mixer_computes_the_same_packed(name: str) -> None:
     torch.testing.assert_close(step, wanted, rtol=1e-4, atol=2e-5 * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_packed_model_shares_nothing_with_the_one_it_was_made_of(name: str) -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig(f"{name}*2", 32, vocab_size=40)).eval()
+    model.blocks[0].register_buffer("extra", torch.ones(3))
+    tokens, calls = torch.randint(40, (2, 40)), []
+    fast = model.packed("fp32")
+    with torch.no_grad():
+        expected, state = fast(tokens)
+        step = fast.step(tokens[:, 0], state)[0]
+        for module in model.modules():
+            module.register_forward_hook(lambda *_: calls.append(1))
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+        assert torch.equal(fast(tokens)[0], expected)
+        assert torch.equal(fast.step(tokens[:, 0], state)[0], step)
+    assert not calls
+    assert torch.equal(fast.blocks[0].extra, torch.ones(3))
+
+
+def test_what_is_shared_within_a_model_is_shared_within_the_packed_one() -> None:
+    model = LanguageModel(ModelConfig("gla attention", 32, vocab_size=40))
+    model.blocks[1].norm.weight = model.blocks[0].norm.weight
+    extra = torch.ones(3)
+    for block in model.blocks:
+        block.register_buffer("extra", extra)
+    fast = model.packed("fp32")
+    assert fast.blocks[0].norm.weight is fast.blocks[1].norm.weight
+    assert fast.blocks[0].extra is fast.blocks[1].extra
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_rounded_models_are_the_models_of_the_rounded_weights(tied: bool) -> None:
     torch.manual_seed(0)
@@ -167,6 +198,9 @@ def test_what_replaced_or_wrapped_a_linear_map_is_taken_as_it_is_and_said(
         torch.testing.assert_close(fast(tokens)[0], expected, rtol=1e-4, atol=2e-5 * expected.abs().max().item())
         found, wanted = (net.step(tokens[:, 0], after)[0] for net in (fast, model))
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5 * expected.abs().max().item())
+        for parameter in model.parameters():
+            parameter.zero_()
+        torch.testing.assert_close(fast(tokens)[0], expected, rtol=1e-4, atol=2e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -4,6 +4,7 @@ Everything else is the model itself: the same mixers, states and generation, in 
 go through a kernel that reads each weight once; prompts go through dense products.
 """
 
+import copy
 import types
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from bestiary.decoding import Decoder
 from bestiary.errors import UsageError
 from bestiary.mixers.base import Mixer
+from bestiary.mixers.parts import Remembered
 from bestiary.models.loss import Head, logit_nats
 from bestiary.ops.native.matvec import PackedMatrix
 
@@ -75,6 +77,8 @@ class PackedEmbedding(Packed):
 def packed(model: "LanguageModel", weights: str, read: Read | None = None) -> "LanguageModel":
     """A model that computes what `model` does, with packed weights; it can be neither trained nor saved.
 
+    It shares no numbers and no hooks with `model`, which may go on to change.
+
     Args:
         weights: "fp32", "bf16", "int8" or "int4"; all but the first round the weights.
         read: gives each parameter by its name, once; the model may then be one on the meta device, without numbers. One
@@ -123,11 +127,12 @@ def _why_not(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | Non
 
 
 def _copied(module: Any) -> Any:
-    """A module with the same attributes: by hand, since parametrised ones refuse copy.copy."""
+    """A module with the same attributes, its collections (of hooks, too) copied; parametrised ones refuse copy.copy."""
     clone = module.__new__(type(module))
     for name, value in vars(module).items():
-        own = isinstance(value, types.MethodType) and value.__self__ is module  # a method that was put on this module
-        vars(clone)[name] = types.MethodType(value.__func__, clone) if own else value
+        if isinstance(value, types.MethodType) and value.__self__ is module:  # a method that was put on this module
+            value = types.MethodType(value.__func__, clone)
+        vars(clone)[name] = copy.copy(value) if isinstance(value, (dict, list, set, Remembered)) else value
     return clone
 
 
@@ -139,6 +144,7 @@ class _Packing:
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.modules: dict[int, Any] = {}
         self.parameters: dict[int, nn.Parameter] = {}
+        self.buffers: dict[int, Tensor] = {}
         self.notes: list[str] = []
 
     def result(self) -> "LanguageModel":
@@ -157,7 +163,11 @@ class _Packing:
     def convert(self, module: Any, prefix: str = "") -> Any:
         """A copy of a module whose linear maps are packed and whose other parameters are in fp32."""
         clone = _copied(module)
-        clone._parameters, clone._buffers, clone._modules = {}, dict(module._buffers), {}
+        clone._parameters, clone._buffers, clone._modules = {}, {}, {}
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in self.buffers:
+                self.buffers[id(buffer)] = buffer.detach().clone()
+            clone._buffers[name] = None if buffer is None else self.buffers[id(buffer)]
         for name, parameter in module._parameters.items():
             clone._parameters[name] = None if parameter is None else self._wide(parameter)
         kept = module.unpacked if isinstance(module, Mixer) else ()
@@ -191,5 +201,6 @@ class _Packing:
 
     def _wide(self, parameter: nn.Parameter) -> nn.Parameter:
         if id(parameter) not in self.parameters:
-            self.parameters[id(parameter)] = nn.Parameter(self._read(parameter).float(), requires_grad=False)
+            own = self._read(parameter).to(torch.float32, copy=True)
+            self.parameters[id(parameter)] = nn.Parameter(own, requires_grad=False)
         return self.parameters[id(parameter)]

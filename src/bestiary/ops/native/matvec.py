@@ -62,7 +62,7 @@ class PackedMatrix:
         size = self.library.bestiary_pack_bytes(FORMATS[form], *self.shape)
         self.data = memory.weights(size)
         self.scales = buffer(-(-self.shape[0] // PANEL) * PANEL if form == "int8" else 0)
-        self.bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
+        self.bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
         self.fields = _Matrix(
             *self.shape, FORMATS[form], self.data.data_ptr(), pointer(self.scales), pointer(self.bias)
         )
