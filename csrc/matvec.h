@@ -417,26 +417,31 @@ void pack(const Matrix& m, const float* w, char* to, float* scales) {
   });
 }
 
-// The packed weights of outputs first ... first + count - 1 as numbers again, (count, inputs).
-void unpack(const Matrix& m, i64 first, i64 count, float* w) {
-  parallel(count, count * m.inputs, 0, [&](float*, i64 i) {
-    const i64 n = first + i;
-    const char* data = static_cast<const char*>(m.data) + n / P * panel_bytes(m.format, m.inputs);
-    const int j = static_cast<int>(n % P);
-    for (i64 k = 0; k < m.inputs; k++) {
-      float value;
-      if (m.format == 0) value = reinterpret_cast<const float*>(data)[k * P + j];
-      else if (m.format == 1) value = from_bf16(reinterpret_cast<const std::uint16_t*>(data)[(k / 2 * P + j) * 2 + (k & 1)]);
-      else if (m.format == 2) value = static_cast<float>(static_cast<signed char>(data[k * P + j])) * m.scales[n];
-      else {
-        const char* group = data + k / GROUP * (GROUP * P / 2 + P * 2);
-        const int both = static_cast<unsigned char>(group[k % GROUP / 2 * P + j]);
-        const float scale = from_bf16(reinterpret_cast<const std::uint16_t*>(group + GROUP * P / 2)[j]);
-        value = static_cast<float>((k & 1 ? both >> 4 : both & 15) - 8) * scale;
-      }
-      w[i * m.inputs + k] = value;
+// The packed weights of output n as numbers again: (inputs).
+inline void unpack_one(const Matrix& m, i64 n, float* w) {
+  const char* data = static_cast<const char*>(m.data) + n / P * panel_bytes(m.format, m.inputs);
+  const int j = static_cast<int>(n % P);
+  for (i64 k = 0; k < m.inputs; k++) {
+    float value;
+    if (m.format == 0) value = reinterpret_cast<const float*>(data)[k * P + j];
+    else if (m.format == 1) value = from_bf16(reinterpret_cast<const std::uint16_t*>(data)[(k / 2 * P + j) * 2 + (k & 1)]);
+    else if (m.format == 2) value = static_cast<float>(static_cast<signed char>(data[k * P + j])) * m.scales[n];
+    else {
+      const char* group = data + k / GROUP * (GROUP * P / 2 + P * 2);
+      const int both = static_cast<unsigned char>(group[k % GROUP / 2 * P + j]);
+      const float scale = from_bf16(reinterpret_cast<const std::uint16_t*>(group + GROUP * P / 2)[j]);
+      value = static_cast<float>((k & 1 ? both >> 4 : both & 15) - 8) * scale;
     }
-  });
+    w[k] = value;
+  }
+}
+
+// Those of outputs first ... first + count - 1, or of the outputs that `which` names: (count, inputs).
+void unpack(const Matrix& m, i64 first, i64 count, float* w) {
+  parallel(count, count * m.inputs, 0, [&](float*, i64 i) { unpack_one(m, first + i, w + i * m.inputs); });
+}
+void gather(const Matrix& m, i64 count, const i64* which, float* w) {
+  parallel(count, count * m.inputs, 0, [&](float*, i64 i) { unpack_one(m, which[i], w + i * m.inputs); });
 }
 
 }  // namespace matvec

@@ -62,6 +62,41 @@ def test_rows_that_are_not_there_are_refused() -> None:
         PackedMatrix(torch.randn(5, 4), "int3")
 
 
+@pytest.mark.parametrize("form", FORMATS)
+def test_any_rows_come_in_one_call_in_their_order(form: str) -> None:
+    matrix = PackedMatrix(torch.randn(50, 37), form)
+    which = torch.randint(50, (3, 100))
+    assert torch.equal(matrix.gather(which), matrix.rows(0, 50)[which])
+    assert torch.equal(matrix.gather(which.t().int()), matrix.rows(0, 50)[which.t()])
+    assert matrix.gather(which[:0]).shape == (0, 100, 37)
+    for wrong in (-1, 50):
+        with pytest.raises(UsageError, match=f"row {wrong} is not among the 50 of this matrix"):
+            matrix.gather(torch.tensor([3, wrong]))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)])
+def test_nothing_gives_nothing_as_in_the_model_itself(shape: tuple[int, int]) -> None:
+    model = LanguageModel(ModelConfig("gla attention", 32, vocab_size=40)).eval()
+    fast, tokens = model.packed("int8"), torch.zeros(shape, dtype=torch.long)
+    with torch.no_grad():
+        (found, state), (expected, wanted) = fast(tokens), model(tokens)
+        assert found.shape == expected.shape
+        if shape[1]:
+            assert fast.step(tokens[:, 0], state)[0].shape == model.step(tokens[:, 0], wanted)[0].shape
+
+
+def test_tokens_that_are_no_integers_are_refused_without_run_time_annotations_too() -> None:
+    code = (
+        "import torch; from bestiary import *\n"
+        "fast = LanguageModel(ModelConfig('gla', 32)).eval().packed('int8')\n"
+        "for dtype in (torch.bool, torch.float32):\n"
+        "    try: fast(torch.ones(1, 3, dtype=dtype))\n"
+        "    except UsageError as error: print(error)"
+    )
+    expected = [f"rows are named by whole numbers, not by torch.{dtype}" for dtype in ("bool", "float32")]
+    assert in_process(code).splitlines() == expected
+
+
 @pytest.mark.parametrize("name", CAUSAL)
 def test_every_mixer_computes_the_same_packed(name: str) -> None:
     torch.manual_seed(0)

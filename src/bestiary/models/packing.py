@@ -69,9 +69,7 @@ class PackedEmbedding(Packed):
     """A table that is packed, perhaps as the head's matrix: rows are unpacked as they are asked for."""
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
-        rows = [self.matrix.rows(token, 1) for token in tokens.flatten().tolist()]
-        table = torch.cat(rows) if rows else self.weight.new_empty(0, self.matrix.shape[1])
-        return table.reshape(*tokens.shape, -1)
+        return self.matrix.gather(tokens)
 
 
 def packed(model: "LanguageModel", weights: str, read: Read | None = None) -> "LanguageModel":
