@@ -63,6 +63,21 @@ def test_rows_that_are_not_there_are_refused() -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_no_number_makes_its_output_none_and_no_other(form: str, bad: float) -> None:
+    weight = torch.randn(20, 70)
+    weight[3, 5] = weight[18, 69] = bad
+    matrix, other = PackedMatrix(weight, form), torch.arange(20) != 3
+    other[18] = False
+    for rows in (1, 3, 8, 20):
+        y = matrix.multiply(torch.randn(rows, 70))
+        assert not y[:, ~other].isfinite().any() and y[:, other].isfinite().all()
+        assert bad == bad or y[:, ~other].isnan().all()
+    kept = matrix.rows(0, 20)
+    assert kept[other].isfinite().all() and not kept[3, 5].isfinite() and not kept[18, 69].isfinite()
+
+
+@pytest.mark.parametrize("form", FORMATS)
 def test_any_rows_come_in_one_call_in_their_order(form: str) -> None:
     matrix = PackedMatrix(torch.randn(50, 37), form)
     which = torch.randint(50, (3, 100))
