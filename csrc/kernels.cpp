@@ -54,6 +54,7 @@ EXPORT i64 bestiary_pack_bytes(i64 format, i64 outputs, i64 inputs) {
 }
 EXPORT void bestiary_pack(const Matrix* m, const float* w, char* to, float* scales) { matvec::pack(*m, w, to, scales); }
 EXPORT void bestiary_unpack(const Matrix* m, i64 first, i64 count, float* w) { matvec::unpack(*m, first, count, w); }
+EXPORT void bestiary_gather(const Matrix* m, i64 count, const i64* which, float* w) { matvec::gather(*m, count, which, w); }
 EXPORT i64 bestiary_rounds_inputs() { return matvec::pairs_at_once(); }
 EXPORT void bestiary_multiply(const Matrix* m, i64 rows, const float* x, i64 x_row, float* y, i64 y_row) {
   matvec::multiply(*m, rows, x, x_row, y, y_row);

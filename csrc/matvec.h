@@ -392,21 +392,24 @@ void pack(const Matrix& m, const float* w, char* to, float* scales) {
         for (i64 k = 0; k < (m.inputs + 1) / 2 * 2; k++)
           reinterpret_cast<std::uint16_t*>(data)[(k / 2 * P + j) * 2 + (k & 1)] = to_bf16(at(m, w, n, k));
       if (m.format == 2) {
-        float most = 0;
-        for (i64 k = 0; k < m.inputs; k++) most = std::fmax(most, std::fabs(at(m, w, n, k)));
-        scales[n] = most / 127;
-        const float by = most > 0 ? 127 / most : 0.0f;
+        float most = 0, bad = 0;  // NaN where a weight is NaN or infinite: then the scale is, and so all that is computed of it
+        for (i64 k = 0; k < m.inputs; k++) most = std::fmax(most, std::fabs(at(m, w, n, k))), bad += at(m, w, n, k) * 0.0f;
+        scales[n] = most / 127 + bad;
+        const float by = most > 0 && bad == 0 ? 127 / most : 0.0f;
         for (i64 k = 0; k < m.inputs; k++) data[k * P + j] = static_cast<char>(nearest(at(m, w, n, k) * by, -127, 127));
       }
       if (m.format == 3)
         for (i64 g = 0; g < groups(m.inputs); g++) {
           char* group = data + g * (GROUP * P / 2 + P * 2);
-          float most = 0;  // the entry of largest size, with its sign: it becomes -8
-          for (i64 k = g * GROUP; k < (g + 1) * GROUP; k++)
-            if (std::fabs(at(m, w, n, k)) > std::fabs(most)) most = at(m, w, n, k);
-          const std::uint16_t scale = to_bf16(most / -8);
+          float most = 0, bad = 0;  // the entry of largest size, with its sign: it becomes -8; NaN as in format 2
+          for (i64 k = g * GROUP; k < (g + 1) * GROUP; k++) {
+            const float x = at(m, w, n, k);
+            if (std::fabs(x) > std::fabs(most)) most = x;
+            bad += x * 0.0f;
+          }
+          const std::uint16_t scale = to_bf16(most / -8 + bad);
           reinterpret_cast<std::uint16_t*>(group + GROUP * P / 2)[j] = scale;
-          const float size = from_bf16(scale), by = size != 0 ? 1 / size : 0.0f;
+          const float size = from_bf16(scale), by = size != 0 && bad == 0 ? 1 / size : 0.0f;
           for (int k = 0; k < GROUP / 2; k++) {
             const i64 first = g * GROUP + 2 * k;
             const int low = nearest(at(m, w, n, first) * by, -8, 7) + 8, high = nearest(at(m, w, n, first + 1) * by, -8, 7) + 8;
@@ -417,26 +420,31 @@ void pack(const Matrix& m, const float* w, char* to, float* scales) {
   });
 }
 
-// The packed weights of outputs first ... first + count - 1 as numbers again, (count, inputs).
-void unpack(const Matrix& m, i64 first, i64 count, float* w) {
-  parallel(count, count * m.inputs, 0, [&](float*, i64 i) {
-    const i64 n = first + i;
-    const char* data = static_cast<const char*>(m.data) + n / P * panel_bytes(m.format, m.inputs);
-    const int j = static_cast<int>(n % P);
-    for (i64 k = 0; k < m.inputs; k++) {
-      float value;
-      if (m.format == 0) value = reinterpret_cast<const float*>(data)[k * P + j];
-      else if (m.format == 1) value = from_bf16(reinterpret_cast<const std::uint16_t*>(data)[(k / 2 * P + j) * 2 + (k & 1)]);
-      else if (m.format == 2) value = static_cast<float>(static_cast<signed char>(data[k * P + j])) * m.scales[n];
-      else {
-        const char* group = data + k / GROUP * (GROUP * P / 2 + P * 2);
-        const int both = static_cast<unsigned char>(group[k % GROUP / 2 * P + j]);
-        const float scale = from_bf16(reinterpret_cast<const std::uint16_t*>(group + GROUP * P / 2)[j]);
-        value = static_cast<float>((k & 1 ? both >> 4 : both & 15) - 8) * scale;
-      }
-      w[i * m.inputs + k] = value;
+// The packed weights of output n as numbers again: (inputs).
+inline void unpack_one(const Matrix& m, i64 n, float* w) {
+  const char* data = static_cast<const char*>(m.data) + n / P * panel_bytes(m.format, m.inputs);
+  const int j = static_cast<int>(n % P);
+  for (i64 k = 0; k < m.inputs; k++) {
+    float value;
+    if (m.format == 0) value = reinterpret_cast<const float*>(data)[k * P + j];
+    else if (m.format == 1) value = from_bf16(reinterpret_cast<const std::uint16_t*>(data)[(k / 2 * P + j) * 2 + (k & 1)]);
+    else if (m.format == 2) value = static_cast<float>(static_cast<signed char>(data[k * P + j])) * m.scales[n];
+    else {
+      const char* group = data + k / GROUP * (GROUP * P / 2 + P * 2);
+      const int both = static_cast<unsigned char>(group[k % GROUP / 2 * P + j]);
+      const float scale = from_bf16(reinterpret_cast<const std::uint16_t*>(group + GROUP * P / 2)[j]);
+      value = static_cast<float>((k & 1 ? both >> 4 : both & 15) - 8) * scale;
     }
-  });
+    w[k] = value;
+  }
+}
+
+// Those of outputs first ... first + count - 1, or of the outputs that `which` names: (count, inputs).
+void unpack(const Matrix& m, i64 first, i64 count, float* w) {
+  parallel(count, count * m.inputs, 0, [&](float*, i64 i) { unpack_one(m, first + i, w + i * m.inputs); });
+}
+void gather(const Matrix& m, i64 count, const i64* which, float* w) {
+  parallel(count, count * m.inputs, 0, [&](float*, i64 i) { unpack_one(m, which[i], w + i * m.inputs); });
 }
 
 }  // namespace matvec

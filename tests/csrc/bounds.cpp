@@ -134,6 +134,8 @@ void matvec_products(i64 outputs, i64 inputs, i64 format, i64 rows) {
   Packed p(pool, outputs, inputs, format, rows & 1);
   bestiary_multiply(&p.m, rows, pool.get(rows * inputs), inputs, pool.get(rows * outputs), outputs);
   bestiary_unpack(&p.m, outputs - 1, 1, pool.get(inputs));
+  const i64 which[] = {outputs - 1, 0, outputs / 2};
+  bestiary_gather(&p.m, 3, which, pool.get(3 * inputs));
 }
 
 // kind: no gates, a head's, a channel's, the general form.
