@@ -82,6 +82,18 @@ int main() {
             for (float decay : {0.1f, 1.0f, 50.0f}) wkv_of(batch, time, channels, size, decay, 0, padded);
           for (float bonus : {-90.0f, -25.0f, 25.0f, 90.0f}) wkv_of(batch, time, channels, 3, 1, bonus, padded);
         }
+  for (int kind = 0; kind < 12; kind++)
+    for (float strength : {0.1f, 3.0f, 50.0f}) {
+      const i64 decay = kind % 3;
+      const bool bonus = kind / 3 & 1, ones = kind / 6;
+      if (!decay && strength > 1) continue;
+      for (i64 time : {0, 1, 2, 3, 66}) {
+        linear_attention_of(2, time, 1, 1, 5, 20, decay, bonus, ones, strength);
+        linear_attention_of(1, time, 2, 2, 3, 7, decay, bonus, ones, strength);
+      }
+      linear_attention_of(1, 1, 1, 1, 1, 1, decay, bonus, ones, strength);
+      for (i64 time : {1, 3}) linear_attention_of(1, time, 1, 9, 18, 113, decay, bonus, ones, strength);
+    }
   for (i64 rows : {1, 3, 65})
     for (i64 channels : {2, 16, 35, 130})
       for (i64 groups : {1, 3})

@@ -163,4 +163,68 @@ void wkv_of(i64 batch, i64 time, i64 channels, float size, float decay, float bo
   c.gradient("dmax", dm, most);
 }
 
+// decay: none, a head's, a key channel's; ones: divided by what queries find of the keys' sum; strength: the fastest decay.
+void linear_attention_of(i64 batch, i64 time, i64 groups, i64 shared, i64 keys, i64 values, i64 decay, bool bonus, bool ones,
+                         float strength) {
+  Case c(named("linear attention", {batch, time, groups, shared, keys, values, decay, bonus, ones, static_cast<i64>(strength)}));
+  const i64 heads = groups * shared, steps = batch * time * heads, columns = values + ones, memory = batch * heads * keys * columns;
+  const i64 asked = batch * time * groups * keys, gates = decay == 2 ? keys : 1;
+  const float least = ones ? 0.1f : -1;  // what divides stays away from zero
+  Input q(asked, least), k(asked, least), v(steps * values), g(steps * gates, -strength, 0), u(heads * keys, least);
+  Input before(memory, least), dy(steps * values), dafter(memory);
+  auto o = blank(steps * values), after = blank(memory), norms = blank(ones ? steps : 0);
+  auto starts = blank(bestiary_linear_attention_starts(batch, time, heads, keys, columns));
+  LinearAttention s = {};
+  s.batch = batch, s.time = time, s.heads = heads, s.groups = groups, s.keys = keys, s.values = values;
+  s.decay = decay, s.ones = ones, s.scale = 0.5f, s.eps = 0.125f, s.q = q, s.k = k, s.v = v, s.g = g, s.before = before;
+  if (bonus) s.bonus = u;
+  s.q_batch = s.k_batch = time * groups * keys, s.q_time = s.k_time = groups * keys, s.q_head = s.k_head = keys;
+  s.v_batch = time * heads * values, s.v_time = heads * values, s.v_head = values;
+  s.g_batch = time * heads * gates, s.g_time = heads * gates, s.g_head = gates;
+  s.o = o.data(), s.after = after.data(), s.norms = norms.data();
+
+  std::vector<Real> wanted(steps * values), S = before.real, fade(gates);
+  for (i64 step = 0; step < steps; step++) {  // a step of a head
+    const i64 h = step % heads, b = step / heads / time, row = (step / heads * groups + h / shared) * keys;
+    for (i64 i = 0; decay && i < gates; i++) fade[i] = exp(g[step * gates + i]);
+    Real divisor = 1;
+    for (i64 j = columns - 1; j >= 0; j--) {
+      const Real value = j < values ? v[step * values + j] : Real(1);
+      Real found;
+      for (i64 i = 0; i < keys; i++) {
+        Real& held = S[((b * heads + h) * keys + i) * columns + j];
+        const Real written = k[row + i] * value;
+        if (bonus) found += q[row + i] * (held + u[h * keys + i] * written);
+        held = decay ? fade[decay == 2 ? i : 0] * held + written : held + written;
+        if (!bonus) found += q[row + i] * held;
+      }
+      if (j == values) divisor = found * 0.5 + 0.125;
+      else wanted[step * values + j] = found * 0.5 / divisor;
+    }
+  }
+  if (time == 1) {  // a step that saves nothing
+    bestiary_linear_attention_forward(&s);
+    c.output("o of a step", o, wanted, nullptr);
+    c.output("after a step", after, S, nullptr);
+  }
+  s.starts = starts.data();
+  bestiary_linear_attention_forward(&s);
+  c.output("o", o, wanted, &dy);
+  c.output("after", after, S, &dafter);
+
+  const i64 parts = bestiary_linear_attention_parts(heads, groups);
+  auto dq = blank(parts * asked), dk = dq, dv = blank(steps * values), dg = blank(steps * gates), dbefore = blank(memory);
+  auto du = blank(batch * heads * keys);
+  LinearAttentionBack r = {};
+  r.dy = dy, r.o = o.data(), r.dafter = dafter, r.dy_batch = s.v_batch, r.dy_time = s.v_time, r.dy_head = s.v_head;
+  r.dq = dq.data(), r.dk = dk.data(), r.dv = dv.data(), r.dg = dg.data(), r.dbonus = du.data(), r.dbefore = dbefore.data();
+  bestiary_linear_attention_backward(&s, &r);
+  c.gradient("dq", dq, q);
+  c.gradient("dk", dk, k);
+  c.gradient("dv", dv, v);
+  c.gradient("dbefore", dbefore, before);
+  if (decay) c.gradient("dg", dg, g);
+  if (bonus) c.gradient("dbonus", du, u);
+}
+
 }  // namespace
