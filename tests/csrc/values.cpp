@@ -94,6 +94,17 @@ int main() {
       linear_attention_of(1, 1, 1, 1, 1, 1, decay, bonus, ones, strength);
       for (i64 time : {1, 3}) linear_attention_of(1, time, 1, 9, 18, 113, decay, bonus, ones, strength);
     }
+  for (int kind = 0; kind < 4; kind++)
+    for (float strength : {0.1f, 3.0f, 50.0f}) {
+      if (!kind && strength > 1) continue;
+      for (i64 time : {0, 1, 2, 3, 40}) {
+        delta_rule_of(2, time, 1, 5, 20, kind, strength);
+        delta_rule_of(1, time, 2, 17, 7, kind, strength);
+      }
+      delta_rule_of(1, 1, 1, 1, 1, kind, strength);
+      for (i64 values : {33, 50, 129}) delta_rule_of(1, 3, 2, 3, values, kind, strength);  // 1, 2, 3 and 4 vectors; several panels
+      delta_rule_of(1, 20, 1, 260, 16, kind, strength);  // shorter chunks
+    }
   for (i64 rows : {1, 3, 65})
     for (i64 channels : {2, 16, 35, 130})
       for (i64 groups : {1, 3})

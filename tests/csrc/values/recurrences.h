@@ -227,4 +227,65 @@ void linear_attention_of(i64 batch, i64 time, i64 groups, i64 shared, i64 keys, 
   if (bonus) c.gradient("dbonus", du, u);
 }
 
+// kind: no gates, a head's, a key channel's, the general form; strength: the fastest decay.
+void delta_rule_of(i64 batch, i64 time, i64 heads, i64 keys, i64 values, int kind, float strength) {
+  Case c(named("delta rule", {batch, time, heads, keys, values, kind, static_cast<i64>(strength)}));
+  const i64 steps = batch * time * heads, memory = batch * heads * keys * values, gates = kind > 1 ? keys : 1;
+  const i64 per_chunk = bestiary_delta_steps(keys, values), chunks = (time + per_chunk - 1) / per_chunk;
+  const bool general = kind == 3;
+  const float unit = 1 / std::sqrt(static_cast<float>(keys));  // keys are no longer than 1
+  Input q(steps * keys), k(steps * keys, -unit, unit), v(steps * values), beta(steps, 0, 2), g(steps * gates, -strength, 0);
+  Input a(steps * keys, -unit, unit), b(steps * keys, -unit, unit), before(memory), dy(steps * values), dafter(memory);
+  auto o = blank(steps * values), after = blank(memory), starts = blank(batch * heads * chunks * keys * ((values + W - 1) / W * W));
+  Delta s = {};
+  s.batch = batch, s.time = time, s.heads = heads, s.keys = keys, s.values = values, s.gates = general ? 2 : kind, s.scale = 0.5;
+  s.q = q, s.k = k, s.v = v, s.before = before, s.o = o.data(), s.after = after.data(), s.starts = starts.data();
+  if (kind) s.g = g;
+  if (general) s.a = a, s.b = b;
+  else s.beta = beta;
+  s.at_q = s.at_k = s.at_a = s.at_b = {time * heads * keys, heads * keys, keys}, s.at_beta = {time * heads, heads, 1};
+  s.at_v = {time * heads * values, heads * values, values}, s.at_g = {time * heads * gates, heads * gates, gates};
+  bestiary_delta_forward(&s);
+
+  std::vector<Real> wanted(steps * values), S = before.real, fade(keys);
+  for (i64 step = 0; step < steps; step++) {  // a step of a head
+    const i64 h = step % heads, row = step / heads / time, at = step * keys;
+    for (i64 i = 0; i < keys; i++) fade[i] = kind ? exp(g[kind > 1 ? at + i : step]) : Real(1);
+    for (i64 j = 0; j < values; j++) {
+      auto held = [&](i64 i) -> Real& { return S[((row * heads + h) * keys + i) * values + j]; };
+      Real z, found, value = v[step * values + j];
+      for (i64 i = 0; i < keys; i++) {
+        if (general) z += a[at + i] * held(i);
+        held(i) = fade[i] * held(i);
+        if (!general) z += k[at + i] * held(i);
+      }
+      if (!general) value = beta[step] * (value - z);
+      for (i64 i = 0; i < keys; i++) {
+        held(i) += k[at + i] * value;
+        if (general) held(i) += b[at + i] * z;
+        found += q[at + i] * held(i);
+      }
+      wanted[step * values + j] = found * 0.5;
+    }
+  }
+  c.output("o", o, wanted, &dy);
+  c.output("after", after, S, &dafter);
+
+  const i64 parts = bestiary_delta_panels(values) * steps;
+  auto dq = blank(parts * keys), dk = dq, da = dq, db = dq, dg = blank(parts * gates), dbeta = blank(parts);
+  auto dv = blank(steps * values), dbefore = blank(memory);
+  DeltaBack r = {};
+  r.dout = dy, r.dafter = dafter, r.at_dout = s.at_v, r.dq = dq.data(), r.dk = dk.data(), r.dv = dv.data();
+  r.da = da.data(), r.db = db.data(), r.dg = dg.data(), r.dbeta = dbeta.data(), r.dbefore = dbefore.data();
+  bestiary_delta_backward(&s, &r);
+  c.gradient("dq", dq, q);
+  c.gradient("dk", dk, k);
+  c.gradient("dv", dv, v);
+  c.gradient("dbefore", dbefore, before);
+  if (kind) c.gradient("dg", dg, g);
+  if (!general) return c.gradient("dbeta", dbeta, beta);
+  c.gradient("da", da, a);
+  c.gradient("db", db, b);
+}
+
 }  // namespace
