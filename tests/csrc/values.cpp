@@ -7,6 +7,7 @@
 #include "values/case.h"
 #include "values/layers.h"
 #include "values/products.h"
+#include "values/program.h"
 #include "values/recurrences.h"
 
 namespace {
@@ -52,6 +53,7 @@ void gates() {
 
 int main() {
   gates();
+  instructions();
   for (i64 batch : {1, 3})
     for (i64 time : {0, 1, 2, 5, 70})
       for (i64 channels : {1, 7, 16, 35})

@@ -104,7 +104,7 @@ void wkv_of(i64 batch, i64 time, i64 channels, float size, float decay, float bo
   Input k(whole, -size, size), v(whole), w(channels, -decay, 0), u(channels, bonus - 1, bonus + 1), dy(whole);
   Input means(edge), weights(edge, 0.1f, 1), units(edge, -size, size), dnum(edge), dden(edge), dmax(edge);
   for (Input* x : {&k, &v, &dy}) lengths.spoil(*x, channels);
-  for (i64 i = 0; i < edge; i++) means.data[i] *= weights.data[i];
+  for (i64 i = 0; i < edge; i++) means.data[i] *= weights.data[i], units.data[i] = std::nearbyint(units.data[i]);
   auto past = [](const Input& x, float none) {
     std::vector<float> values = x.data;
     for (size_t i = 0; i < values.size(); i += 3) values[i] = none;
@@ -120,7 +120,7 @@ void wkv_of(i64 batch, i64 time, i64 channels, float size, float decay, float bo
   s.new_num = new_num.data(), s.new_den = new_den.data(), s.new_max = new_max.data();
   bestiary_wkv_forward(&s);
 
-  // The unit of the sums is the kernel's choice, a whole number once it has changed; they are compared as shares of den.
+  // The unit of the sums, a whole number, is the kernel's choice: they are compared as shares of den.
   std::vector<Real> wanted_y(whole), wanted_num(edge), wanted_den(edge), wanted_max = most.real;
   auto found_num = new_num, found_den = new_den, given_num = dnum.data, given_den = dden.data;
   for (i64 b = 0; b < batch; b++)
@@ -130,7 +130,7 @@ void wkv_of(i64 batch, i64 time, i64 channels, float size, float decay, float bo
       if (lengths.of[b]) {
         const float found = new_max[at];
         unit = std::exp(-static_cast<double>(found)), n = exp(most[at]) * n, m = exp(most[at]) * m;
-        wanted_max[at] = std::nearbyint(found) == found ? found : most.data[at];
+        wanted_max[at] = std::nearbyint(found);
       }
       for (i64 t = 0; t < lengths.of[b]; t++) {
         const i64 here = b * row + t * channels + d;
