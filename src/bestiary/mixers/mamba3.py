@@ -26,7 +26,7 @@ from bestiary.errors import UsageError, unknown
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
 from bestiary.mixers.context import Context
-from bestiary.mixers.parts import RMSNorm, dt_bias_init, expanded_heads, no_weight_decay, time_gaps, token_shift
+from bestiary.mixers.parts import Linear, RMSNorm, dt_bias_init, expanded_heads, no_weight_decay, time_gaps, token_shift
 from bestiary.ops.short_convolution import last_inputs
 
 
@@ -83,11 +83,11 @@ class Mamba3(Mixer):
         self.n_groups, self.decay, self.residuals = n_groups, decay, residuals
         self.d_inner = self.n_heads * self.head_dim
         self.widths = [self.d_inner] * 2 + [n_groups * self.d_state] * 2 + [self.n_heads] * 3 + [self.n_angles]
-        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.in_proj = Linear(d_model, sum(self.widths), bias=False)
         self.dt_bias, self.D = (nn.Parameter(torch.empty(self.n_heads)) for _ in range(2))
         self.B_bias, self.C_bias = (nn.Parameter(torch.empty(self.n_heads, self.d_state)) for _ in range(2))
         self.B_norm, self.C_norm = (RMSNorm(self.d_state, eps=1e-5) for _ in range(2))
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.out_proj = Linear(self.d_inner, d_model, bias=False)
         no_weight_decay(self.dt_bias, self.D, self.B_bias, self.C_bias)
         self.reset_parameters()
 

@@ -18,6 +18,13 @@ from bestiary.ops.short_convolution import last_inputs
 T = TypeVar("T")
 
 
+class Linear(nn.Linear):
+    """nn.Linear by `ops.linear`."""
+
+    def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+        return ops.linear(x, self.weight, self.bias)
+
+
 class ShortConvolution(nn.Module):
     """`ops.short_convolution` with weights of its own, drawn as nn.Conv1d draws a depthwise convolution's.
 

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from bestiary import ops
 from bestiary.mixers.base import numbers_at_hand
+from bestiary.mixers.parts import Linear
 
 CHUNK_ELEMENTS = 1 << 24  # logits in memory at a time: 64 MiB in fp32; a product of few rows is a slow one
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """The map from the last hidden vectors to logits, without a bias.
 
     Args:
@@ -92,7 +93,7 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
     """Logits in fp32 at least."""
     dtype = _matmul_dtype(hidden)
-    logits = (hidden.to(dtype) @ head.to(dtype).T).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits = ops.linear(hidden.to(dtype), head.to(dtype)).to(torch.promote_types(hidden.dtype, torch.float32))
     logits = logits if bias is None else logits + bias
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
@@ -120,7 +121,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden.shape[0], size):
                 rows = slice(start, start + size)
                 h, t, w = hidden[rows].to(dtype), targets[rows], weights[rows]
-                logits = (h @ table.T).to(weights.dtype)
+                logits = ops.linear(h, table).to(weights.dtype)
                 logits = logits if bias is None else logits.add_(bias)
                 logits = logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
                 slope = None if cap is None or d_hidden is None else 1 - (logits / cap).square_()

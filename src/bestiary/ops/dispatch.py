@@ -23,7 +23,7 @@ from bestiary.ops import backends
 from bestiary.ops.native import library
 
 _NATIVE = "native"
-_compiled: set[str] = set()
+_compiled: dict[str, tuple[str, Callable[[], tuple[Any, str]]]] = {}
 _forms: dict[str, dict[str, Callable[..., Any]]] = {}
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced_form", default=None)
 _forced_last: str | None = None
@@ -48,7 +48,7 @@ def choose(op: str, *, time: int, like: torch.Tensor | None = None) -> Callable[
             where the op has none, or must not use it. Code that torch.compile traces never does: it cannot trace them.
     """
     own = _forms[op][_choice(op, time, kernels=False)[0]]
-    forced = _forced_form()
+    forced = forced_form()
     if (
         like is None
         or torch.compiler.is_compiling()
@@ -58,9 +58,19 @@ def choose(op: str, *, time: int, like: torch.Tensor | None = None) -> Callable[
     return backends.route(op, own, like, forced)
 
 
-def has_kernel(op: str) -> None:
-    """Registers that an op has a compiled kernel, which it asks `compiled` about."""
-    _compiled.add(op)
+def has_kernel(op: str, name: str = _NATIVE, load: Callable[[], tuple[Any, str]] | None = None) -> None:
+    """Registers that an op has a compiled kernel, which it asks `compiled` about.
+
+    Args:
+        name: what the form is called, where the kernel is not one of ours.
+        load: gives that kernel, or None, and why.
+    """
+    _compiled[op] = name, load or _ours
+
+
+def _ours() -> tuple[Any, str]:
+    found, why = library.load()
+    return found, f"{why}; for fp32 and half precision on the CPU, else plain PyTorch"
 
 
 def compiled(op: str, *tensors: torch.Tensor | None, why_not: str | None = None, worth: bool = True) -> bool:
@@ -72,7 +82,7 @@ def compiled(op: str, *tensors: torch.Tensor | None, why_not: str | None = None,
 
     Raises UsageError where `use("native")` forces it and it cannot run.
     """
-    forced = _forced_form()
+    forced = forced_form()
     if forced not in (None, _NATIVE):
         return False
     why_not = why_not or library.refuses(*tensors)
@@ -81,16 +91,18 @@ def compiled(op: str, *tensors: torch.Tensor | None, why_not: str | None = None,
     return why_not is None and (worth or forced == _NATIVE)
 
 
-def _forced_form() -> str | None:
+def forced_form() -> str | None:
+    """The form that `use` forces here, None for none."""
     return _forced_last if torch.compiler.is_compiling() else _forced.get()
 
 
 def _choice(op: str, time: int, *, kernels: bool = True) -> tuple[str, str]:
-    forced = _forced_form()
+    forced = forced_form()
     if kernels and op in _compiled and forced in (None, _NATIVE):
-        found, why = library.load()
+        name, load = _compiled[op]
+        found, why = load()
         if found is not None:
-            return _NATIVE, f"{why}; for fp32 and half precision on the CPU, else plain PyTorch"
+            return name, why
     if forced in backends.LIBRARIES and kernels and any(b.library.name == forced for b in backends.TABLE.get(op, ())):
         return forced, 'chosen by bestiary.ops.use("' + forced + '")'
     if forced == _NATIVE or forced in backends.LIBRARIES:

@@ -31,7 +31,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
 
     Raises UsageError where BESTIARY_KERNELS names an instruction set that does not exist.
     """
-    wanted = os.environ.get(VARIABLE, "").strip().lower()
+    wanted = selected()
     if wanted in ("off", "0"):
         return None, f"{VARIABLE}={wanted} switches the kernels off"
     if wanted and wanted not in SETS:
@@ -52,6 +52,11 @@ def load() -> tuple[ctypes.CDLL | None, str]:
             return None, f"{built[name].name} is of another version: install the package again"
         return library, f"{name} kernels" + (f", by {VARIABLE}" if wanted else ", the best that this processor runs")
     return None, f"this processor runs none of the kernels that were built ({', '.join(built)})"
+
+
+def selected() -> str:
+    """What BESTIARY_KERNELS asks for; empty for the best."""
+    return os.environ.get(VARIABLE, "").strip().lower()
 
 
 def kernel(name: str) -> Any:
