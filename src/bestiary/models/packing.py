@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bestiary.decoding import Decoder
 from bestiary.errors import UsageError
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import Remembered
+from bestiary.mixers.parts import Linear, Remembered
 from bestiary.models.loss import Head, logit_nats
 from bestiary.ops.native.matvec import PackedMatrix
 
@@ -111,7 +111,7 @@ def nbytes(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters()) + sum(matrix.nbytes for matrix in matrices.values())
 
 
-PACKABLE: tuple[type[nn.Module], ...] = (nn.Linear, Head)
+PACKABLE: tuple[type[nn.Module], ...] = (nn.Linear, Linear, Head)
 """Linear maps whose forward pass is known: these classes alone, and none that is derived from them."""
 
 
