@@ -82,7 +82,7 @@ def test_the_sanitizers_find_nothing_on_arm(tmp_path: Path) -> None:
 
 def test_the_program_notices_a_kernel_that_is_wrong(tmp_path: Path) -> None:
     """One sign changed in a copy of the sources: the comparisons fail, and say where."""
-    build, runner = builder("sse2" if torch.backends.cpu.get_cpu_capability() != "DEFAULT" else "neon")
+    build, runner = builder("avx2" if torch.backends.cpu.get_cpu_capability() != "DEFAULT" else "neon")
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     shutil.copytree(ROOT / "tests/csrc", tmp_path / "tests/csrc")
     header = tmp_path / "csrc/linear_recurrence.h"
