@@ -33,10 +33,10 @@ struct Packed {
         for (i64 k = k0; k < end; k++) most = larger_size(most, weight.data[n * m.inputs + k]);
         for (i64 k = k0; k < end; k++) {
           const double w = weight.data[n * m.inputs + k], off = std::fabs(kept[n * m.inputs + k] - w);
-          // int4 reaches from -8 to 7 scales, and the scale is rounded to bf16
+          // int4 reaches from -8 to 7 scales, and the scale is rounded to bf16, by a 256th at most
           const double least[] = {0, std::fabs(w) / 256, most / 254 * 1.0001, most / 16 * 1.0001 + most / 256};
           const bool cut = m.format == 3 && std::fabs(kept[n * m.inputs + k]) > 6.9 * most / 8;
-          if (!(off <= (cut ? most / 8 * 1.02 : least[m.format]))) return false;
+          if (!(off <= (cut ? most / 8 * (1 + 7.001 / 256) : least[m.format]))) return false;
         }
       }
     return true;

@@ -56,8 +56,7 @@ struct Step {
   }
   Strided& input(std::initializer_list<i64> axes, float low = -1, float high = 1, i64 gap = 3, i64 every = 1) {
     Strided& x = result(axes, gap, every);
-    std::uniform_real_distribution<float> draw(low, high);
-    x.each([&](float& to, i64, i64, i64, i64) { to = draw(generator); });
+    x.each([&](float& to, i64, i64, i64, i64) { to = drawn(low, high); });
     return x;
   }
   i64 region(void* p) {

@@ -75,13 +75,15 @@ std::vector<double> gradients(const Real& of) {
   return g;
 }
 
-// A number's gradient is the sum of what comes from wherever it is used: how large these terms are, without their signs.
+// A number's gradient is the sum of what comes from wherever it, or a function of it alone, is used: how large these terms
+// are, without their signs.
 std::vector<double> sizes_of_terms(const std::vector<double>& gradients) {
   std::vector<double> sizes(gradients.size());
-  for (size_t i = 0; i < gradients.size(); i++) {
+  for (size_t i = gradients.size(); i--;) {
     const Operation& o = tape[i];
-    if (o.a >= 0) sizes[o.a] += std::fabs(gradients[i] * o.slope_a);
-    if (o.b >= 0) sizes[o.b] += std::fabs(gradients[i] * o.slope_b);
+    const double own = std::fabs(gradients[i]), size = (o.a < 0 || o.b < 0) && sizes[i] > own ? sizes[i] : own;
+    if (o.a >= 0) sizes[o.a] += size * std::fabs(o.slope_a);
+    if (o.b >= 0) sizes[o.b] += size * std::fabs(o.slope_b);
   }
   return sizes;
 }
