@@ -76,3 +76,16 @@ def test_a_state_that_is_refused_is_left_as_it_was_and_the_session_before_goes_o
                 assert all(map(torch.equal, state.tensors(faulty), state.tensors(kept)))
             del other, layers, last, faulty
             assert close(fast.step(token, ours)[0], expected)
+
+
+@pytest.mark.parametrize("position", [-10_000_000, -1, 6, 1 << 40])
+def test_positions_that_a_cache_cannot_have_are_refused(position: int) -> None:
+    """A file may hold any number; the kernel takes it as an offset."""
+    fast, token = make("attention").packed("fp32"), torch.tensor([1, 2])
+    with torch.no_grad():
+        _, remembered = fast(torch.randint(50, (2, 5)))
+        state.tensors(remembered)[2][0] = position
+        with pytest.raises(UsageError, match="positions"):
+            fast.step(token, remembered)
+        with state.in_place(), pytest.raises(UsageError, match="positions"):
+            fast.step(token, remembered)

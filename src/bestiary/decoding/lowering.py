@@ -84,8 +84,13 @@ class Leaf:
         self.counter: Leaf | None = None  # of a cache: the positions
         self.written, self.written_by = False, -1
 
-    def check(self, tensor: Tensor, layer: int) -> None:
-        """Refuse what a program cannot read; `layer` is for messages."""
+    def check(self, tensor: Tensor, layer: int, state: dict[int, Tensor]) -> None:
+        """Refuse what a program cannot read.
+
+        Args:
+            layer: for messages.
+            state: the layer's tensors by the id of their leaf.
+        """
         shape = self.shape if self.counter is None else (self.shape[0], *tensor.shape[1:2], *self.shape[2:])
         if tensor.shape != shape:
             raise UsageError(
@@ -93,6 +98,11 @@ class Leaf:
             )
         if tensor.dtype != self.dtype or tensor.device.type != "cpu" or tensor.requires_grad:
             raise OtherNumbers
+        if self.counter is not None:
+            self.counter.check(state[id(self.counter)], layer, state)
+            positions, slots = state[id(self.counter)].tolist(), tensor.shape[1]
+            if not 0 <= min(positions) <= max(positions) <= slots:
+                raise UsageError(f"layer {layer}: positions must lie in 0..{slots}, its cache's slots, not {positions}")
 
     def ready(self, tensor: Tensor, write: bool, state: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(old numbers, where the new ones go, the new state's tensor); nothing is written yet.
@@ -106,7 +116,7 @@ class Leaf:
             new = old if write else torch.empty_like(old)
             return old, new, new.transpose(1, 2)
         if self.counter is not None:
-            return self._cache(tensor, write, int(state[id(self.counter)].max()) + 1)
+            return self._cache(tensor, write, max(state[id(self.counter)].tolist()) + 1)
         old = tensor.contiguous()
         new = old if write else torch.empty_like(old)
         return old, new, new

@@ -183,15 +183,15 @@ class Piece:
             if not tensors:
                 found.after.append(state)
                 continue
+            places = dict(zip(map(id, layer.leaves), tensors))
             for leaf, tensor in zip(layer.leaves, tensors):
-                leaf.check(tensor, layer.index)
+                leaf.check(tensor, layer.index, places)
             if write:
                 for i, tensor in enumerate(tensors):
                     memory = memory_of(tensor)
                     if memory in taken and tensor.numel():
                         tensors[i] = tensor.clone()
                     taken.add(memory)
-            places = dict(zip(map(id, layer.leaves), tensors))
             for leaf, tensor in zip(layer.leaves, tensors):
                 old, new, result = leaf.ready(tensor, write, places)
                 found.leaves.append((leaf, old, new))
