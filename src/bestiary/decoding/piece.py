@@ -185,7 +185,7 @@ class Piece:
                 continue
             places = dict(zip(map(id, layer.leaves), tensors))
             for leaf, tensor in zip(layer.leaves, tensors):
-                leaf.check(tensor, layer.index, places)
+                leaf.check(tensor, layer.index)
             if write:
                 for i, tensor in enumerate(tensors):
                     memory = memory_of(tensor)
@@ -193,7 +193,7 @@ class Piece:
                         tensors[i] = tensor.clone()
                     taken.add(memory)
             for leaf, tensor in zip(layer.leaves, tensors):
-                old, new, result = leaf.ready(tensor, write, places)
+                old, new, result = leaf.ready(tensor, layer.index, write, places)
                 found.leaves.append((leaf, old, new))
                 made.append(result)
             found.after.append(rebuilt(state, iter(made)))
