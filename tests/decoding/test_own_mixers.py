@@ -1,5 +1,9 @@
-"""Mixers that a user may write: what the native step makes of them is what they are, or they run as they are."""
+"""Mixers that a user may write, and models first used in unusual surroundings: natively as they are, or as they are."""
 
+import contextlib
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,7 +12,7 @@ from decoding.kit import close, make
 from ops.native.kit import needed
 from torch import Tensor, nn
 
-from bestiary import LanguageModel, mixers, state
+from bestiary import LanguageModel, mixers, ops, state
 from bestiary.mixers import Mixer
 
 pytestmark = needed
@@ -66,3 +70,43 @@ def test_a_learned_beginning_is_not_written_over(monkeypatch: pytest.MonkeyPatch
                 expected, theirs = model.step(token, theirs)
                 assert close(found, expected)
     assert fast.decoder is not None and fast.decoder.report() == [None] * 3
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        torch.inference_mode,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+        lambda: ops.use("torch"),
+        lambda: ops.use("reference"),
+        state.in_place,
+    ],
+)
+def test_what_surrounds_the_first_step_does_not_last(around: Callable[[], AbstractContextManager[Any]]) -> None:
+    model = make("mamba rwkv7 rwkv4 attention")
+    tokens = torch.randint(50, (3, 2))
+    for inside in (False, True):  # whether the model is packed there, too
+        with around() if inside else contextlib.nullcontext():
+            fast = model.packed("fp32")
+        with around(), torch.no_grad():
+            fast.step(tokens[0], fast.initial_state(2))
+        assert fast.decoder is not None and fast.decoder.report(2) == [None] * 5
+        with torch.no_grad():
+            ours, theirs = fast.initial_state(2), model.initial_state(2)
+            for token in tokens:
+                found, ours = fast.step(token, ours)
+                expected, theirs = model.step(token, theirs)
+                assert close(found, expected)
+
+
+def test_layers_that_run_as_they_are_are_told_of_once() -> None:
+    fast, token = make("gla hyena").packed("fp32"), torch.tensor([3])
+    with torch.no_grad():
+        with pytest.warns(RuntimeWarning, match="layer 1.*docs/decoding.md"):
+            fast.step(token, fast.initial_state(1))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            fast.step(token, fast.initial_state(1))
+            fast.step(token.expand(2), fast.initial_state(2))
+            native = make("gla").packed("fp32")
+            native.step(token, native.initial_state(1))

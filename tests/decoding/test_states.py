@@ -1,9 +1,12 @@
 """States that are written over, refused, or came from elsewhere: each is what the model's own step makes of it."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from decoding.kit import close, make
 from ops.native.kit import needed
+from torch import Tensor
 
 from bestiary import mixers, state
 from bestiary.errors import UsageError
@@ -76,3 +79,45 @@ def test_a_state_that_is_refused_is_left_as_it_was_and_the_session_before_goes_o
                 assert all(map(torch.equal, state.tensors(faulty), state.tensors(kept)))
             del other, layers, last, faulty
             assert close(fast.step(token, ours)[0], expected)
+
+
+@pytest.mark.parametrize("position", [-10_000_000, -1, 6, 1 << 40])
+def test_positions_that_a_cache_cannot_have_are_refused(position: int) -> None:
+    """A file may hold any number; the kernel takes it as an offset."""
+    fast, token = make("attention").packed("fp32"), torch.tensor([1, 2])
+    with torch.no_grad():
+        _, remembered = fast(torch.randint(50, (2, 5)))
+        state.tensors(remembered)[2][0] = position
+        with pytest.raises(UsageError, match="positions"):
+            fast.step(token, remembered)
+        with state.in_place(), pytest.raises(UsageError, match="positions"):
+            fast.step(token, remembered)
+
+
+def turned(x: Tensor) -> Tensor:
+    """The same numbers, time first in memory."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def longer(x: Tensor) -> Tensor:
+    return torch.cat([x, x.new_full((x.shape[0], 2, *x.shape[2:]), 9.0)], 1)
+
+
+@pytest.mark.parametrize("keys", [longer, turned, torch.clone, lambda x: turned(longer(x))])
+@pytest.mark.parametrize("values", [longer, turned, torch.clone, lambda x: turned(longer(x))])
+def test_keys_and_values_may_lie_in_memory_each_in_its_own_way(
+    keys: Callable[[Tensor], Tensor], values: Callable[[Tensor], Tensor]
+) -> None:
+    model = make("attention")
+    fast = model.packed("fp32")
+    with torch.no_grad():
+        _, theirs = model(torch.randint(50, (2, 5)))
+        cache = theirs.layers[0].mixer
+        cache = cache._replace(keys=keys(cache.keys), values=values(cache.values), position=cache.position.clone())
+        ours = type(theirs)((theirs.layers[0]._replace(mixer=cache),))
+        for token in torch.randint(50, (4, 2)):
+            expected, theirs = model.step(token, theirs)
+            assert close(fast.step(token, ours)[0], expected)
+            with state.in_place():
+                found, ours = fast.step(token, ours)
+            assert close(found, expected)

@@ -6,6 +6,7 @@ random step.
 """
 
 import threading
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from bestiary.decoding.lowering import OtherNumbers, Unsupported
 from bestiary.decoding.piece import Layer, Piece, memory_of
 from bestiary.errors import UsageError
 from bestiary.mixers import Context
+from bestiary.ops import dispatch
 from bestiary.ops.native.matvec import FEW_ROWS
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class Decoder:
 
     def __init__(self, model: "LanguageModel"):
         self.model, self.plans = model, dict[int, _Plan]()
+        self.told = False  # whether a warning was given
         self.lock = threading.Lock()  # programs have a workspace of their own
 
     def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any] | None:
@@ -48,7 +51,11 @@ class Decoder:
             raise UsageError(f"the state has {len(state.layers)} layers, the model {len(self.model.blocks)}")
         with self.lock, torch.no_grad():
             try:
-                return self._plan(rows).step(tokens, state)
+                plan = self.plans.get(rows)
+                if plan is None:
+                    plan = self._plan(rows)
+                    self._tell(plan.why_not)
+                return plan.step(tokens, state)
             except OtherNumbers:
                 return None
 
@@ -58,9 +65,22 @@ class Decoder:
             return self._plan(rows).why_not
 
     def _plan(self, rows: int) -> "_Plan":
-        if rows not in self.plans:
-            self.plans[rows] = _Plan(self.model, rows)
+        if rows not in self.plans:  # it outlasts what surrounds its first step
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), dispatch.use(None):
+                self.plans[rows] = _Plan(self.model, rows)
         return self.plans[rows]
+
+    def _tell(self, why_not: list[str | None]) -> None:
+        """Say once that layers run as they are."""
+        found = [f"layer {i} ({why})" for i, why in enumerate(why_not) if why is not None]
+        if found and not self.told:
+            self.told = True
+            warnings.warn(
+                f"{len(found)} of {len(why_not)} parts of this model take their steps outside of its compiled program, "
+                f"and slower: {'; '.join(found)}; see docs/decoding.md",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 class _Plan:

@@ -82,6 +82,7 @@ class Leaf:
         self.shape, self.dtype, self.kind = tuple(tensor.shape), tensor.dtype, "plain"
         self.old, self.new, self.slots = memory.region(), memory.region(), -1
         self.counter: Leaf | None = None  # of a cache: the positions
+        self.caches: list[Leaf] = []  # of a cache: those with the same positions, itself among them
         self.written, self.written_by = False, -1
 
     def check(self, tensor: Tensor, layer: int) -> None:
@@ -94,30 +95,38 @@ class Leaf:
         if tensor.dtype != self.dtype or tensor.device.type != "cpu" or tensor.requires_grad:
             raise OtherNumbers
 
-    def ready(self, tensor: Tensor, write: bool, state: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(old numbers, where the new ones go, the new state's tensor); nothing is written yet.
+    def ready(self, tensor: Tensor, layer: int, write: bool, state: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(old numbers, where the new ones go, the new state's tensor); nothing is written over yet.
 
         Args:
+            layer: for messages.
             write: whether the old ones may be written over.
-            state: the layer's tensors by the id of their leaf.
+            state: the layer's tensors by the id of their leaf, all of which are checked.
         """
         if self.kind == "turned":
             old = tensor.transpose(1, 2).contiguous()
             new = old if write else torch.empty_like(old)
             return old, new, new.transpose(1, 2)
         if self.counter is not None:
-            return self._cache(tensor, write, int(state[id(self.counter)].max()) + 1)
+            return self._cache(tensor, layer, write, state)
         old = tensor.contiguous()
         new = old if write else torch.empty_like(old)
         return old, new, new
 
-    def _cache(self, old: Tensor, write: bool, used: int) -> tuple[Tensor, Tensor, Tensor]:
-        """A cache is written into: the caller's own, or one with room for the step; room doubles where it may."""
-        if not write or used > old.shape[1] or not old.is_contiguous():
-            slots = max(used, 2 * old.shape[1], 64) if write else used
+    def _cache(self, old: Tensor, layer: int, write: bool, state: dict[int, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """A cache is written into: the caller's own, or one with room for the step; room doubles where it may.
+
+        Those that share their positions have equal slots, whole or not, and so one number of them.
+        """
+        assert self.counter is not None
+        positions, has = state[id(self.counter)].tolist(), old.shape[1]
+        if not 0 <= min(positions) <= max(positions) <= has:
+            raise UsageError(f"layer {layer}: positions must lie in 0..{has}, its cache's slots, not {positions}")
+        used, caches = max(positions) + 1, [state[id(leaf)] for leaf in self.caches]
+        if not write or used > has or any(x.shape[1] != has or not x.is_contiguous() for x in caches):
+            slots = max(used, 2 * max(x.shape[1] for x in caches), 64) if write else used
             new = old.new_zeros(old.shape[0], slots, *old.shape[2:])
-            kept = min(used, old.shape[1])
-            new[:, :kept] = old[:, :kept]
+            new[:, : used - 1] = old[:, : used - 1]
             old = new
         return old, old, old
 

@@ -168,7 +168,7 @@ def _attend(
     rows, _, heads, key_dim = q.shape
     groups, value_dim = k.shape[2], v.shape[3]
     for leaf in cached:
-        leaf.counter = None if window else counted
+        leaf.counter, leaf.caches = None if window else counted, cached
     if cached[0].slots < 0:
         cached[0].slots = low.memory.region()
     places = [low.place(o[:, 0])]

@@ -183,6 +183,7 @@ class Piece:
             if not tensors:
                 found.after.append(state)
                 continue
+            places = dict(zip(map(id, layer.leaves), tensors))
             for leaf, tensor in zip(layer.leaves, tensors):
                 leaf.check(tensor, layer.index)
             if write:
@@ -191,9 +192,8 @@ class Piece:
                     if memory in taken and tensor.numel():
                         tensors[i] = tensor.clone()
                     taken.add(memory)
-            places = dict(zip(map(id, layer.leaves), tensors))
             for leaf, tensor in zip(layer.leaves, tensors):
-                old, new, result = leaf.ready(tensor, write, places)
+                old, new, result = leaf.ready(tensor, layer.index, write, places)
                 found.leaves.append((leaf, old, new))
                 made.append(result)
             found.after.append(rebuilt(state, iter(made)))

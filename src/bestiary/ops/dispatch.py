@@ -117,14 +117,15 @@ def _choice(op: str, time: int, *, kernels: bool = True) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def use(name: str) -> Iterator[None]:
+def use(name: str | None) -> Iterator[None]:
     """Force one form of every op within the context: "reference" (definitions), "torch" (chunked, FFT) or "native".
 
     The last forces the compiled kernels on ops that have one: what they cannot compute is then a UsageError. So do
-    "fla", "mamba_ssm" and "causal_conv1d" with the functions of these libraries, also with unchecked ones.
+    "fla", "mamba_ssm" and "causal_conv1d" with the functions of these libraries, also with unchecked ones. None lets
+    the ops choose again.
     """
     valid = {form for forms in _forms.values() for form in forms} | {_NATIVE, *backends.LIBRARIES}
-    if name not in valid:
+    if name is not None and name not in valid:
         raise unknown("form of the ops", name, valid)
     global _forced_last
     token = _forced.set(name)
