@@ -28,6 +28,34 @@ def test_the_variable_switches_kernels_off_and_names_them() -> None:
         in_process(code, BESTIARY_KERNELS="sse")
 
 
+def _kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two instruction sets that this processor runs, "first" and "second", the latter a library that loads."""
+    able = [name for name in SETS if library._runs(name)]
+    shutil.copy(library.FOLDER / f"kernels_{able[0]}.so", folder / "kernels_second.so")
+    monkeypatch.setattr(library, "FOLDER", folder)
+    monkeypatch.setattr(library, "SETS", dict.fromkeys(("first", "second"), library.SETS[able[0]]))
+
+
+@needed
+@pytest.mark.parametrize("broken", [b"no library", b""])
+def test_a_library_that_does_not_load_leaves_the_place_to_the_next(
+    broken: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _kernels(tmp_path, monkeypatch)
+    (tmp_path / "kernels_first.so").write_bytes(broken)
+    found, why = library.load.__wrapped__()
+    assert (
+        found is not None and "second kernels, the best that loads" in why and "kernels_first.so does not load" in why
+    )
+    with monkeypatch.context() as other:
+        other.setattr(library, "VERSION", -1)
+        found, why = library.load.__wrapped__()
+        assert found is None and "kernels_second.so does not load: it is of another version" in why
+    (tmp_path / "kernels_second.so").unlink()
+    found, why = library.load.__wrapped__()
+    assert found is None and why.startswith("kernels_first.so does not load")
+
+
 def test_without_kernels_the_ops_say_so_and_run() -> None:
     code = (
         "import torch, bestiary; print(bestiary.ops.active()['selective_scan']['form'],"

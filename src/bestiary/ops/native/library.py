@@ -42,16 +42,27 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     able = [name for name in built if _runs(name)]
     if wanted and wanted not in able:
         return None, f"{VARIABLE}={wanted}, which was not built or which this processor lacks"
+    if not able:
+        return None, f"this processor runs none of the kernels that were built ({', '.join(built)})"
+    reasons: list[str] = []
     for name in [wanted] if wanted else able:
         try:
-            library = ctypes.CDLL(str(built[name]))
-            library.bestiary_version.restype = ctypes.c_int64
+            library = _loaded(built[name])
         except (OSError, AttributeError) as error:
-            return None, f"{built[name].name} does not load: {error}"
-        if library.bestiary_version() != VERSION:
-            return None, f"{built[name].name} is of another version: install the package again"
-        return library, f"{name} kernels" + (f", by {VARIABLE}" if wanted else ", the best that this processor runs")
-    return None, f"this processor runs none of the kernels that were built ({', '.join(built)})"
+            reasons.append(f"{built[name].name} does not load: {error}")
+            continue
+        how = f"by {VARIABLE}" if wanted else f"the best that {'loads' if reasons else 'this processor runs'}"
+        return library, "; ".join([f"{name} kernels, {how}", *reasons])
+    return None, "; ".join(reasons)
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """A library of this version; OSError where it cannot be used."""
+    library = ctypes.CDLL(str(path))
+    library.bestiary_version.restype = ctypes.c_int64
+    if library.bestiary_version() != VERSION:
+        raise OSError("it is of another version: install the package again")
+    return library
 
 
 def kernel(name: str) -> Any:
