@@ -58,7 +58,9 @@ def linear_cross_entropy(
     counted = (targets >= 0).to(torch.promote_types(hidden.dtype, torch.float32))
     weights = counted if weights is None else weights.to(counted.dtype) * counted
     weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
-    return _LinearCrossEntropy.apply(hidden, head, targets, weights, bias, cap)
+    # within the function gradients are off, and parameters ask for them in evaluation too
+    with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, head, bias))
+    return _LinearCrossEntropy.apply(hidden, head, targets, weights, bias, cap, with_gradient)
 
 
 @torch.no_grad()
@@ -108,9 +110,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         bias: Tensor | None,
         cap: float | None,
+        with_gradient: bool,
     ) -> Tensor:
         total = weights.new_zeros(())
-        with_gradient = any(x is not None and x.requires_grad for x in (hidden, head, bias))
         d_hidden = torch.empty_like(hidden) if with_gradient else None
         d_head = torch.empty_like(head, dtype=weights.dtype) if with_gradient else None
         d_bias = torch.zeros_like(bias, dtype=weights.dtype) if with_gradient and bias is not None else None
@@ -145,9 +147,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (factor,), parts = gradients, ctx.saved_tensors
         if not numbers_at_hand(factor) or factor != 1:  # the head's gradient is large: no copy for nothing
             parts = [saved * factor.to(saved.dtype) for saved in parts]
         d_hidden, d_head, *rest = parts
-        return d_hidden, d_head, None, None, rest[0] if rest else None, None
+        return d_hidden, d_head, None, None, rest[0] if rest else None, None, None
