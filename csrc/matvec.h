@@ -322,43 +322,56 @@ inline void lay(const Matrix& m, i64 count, const float* x, i64 x_row, bool pair
     }
 }
 
-// Many rows: for each panel and block of inputs, all rows, 8 at a time; what is beyond the last row is computed as zero.
-inline void multiply_many(const Matrix& m, i64 rows, const float* x, i64 x_row, float* y, i64 y_row) {
-  const i64 pieces = (rows + ROWS - 1) / ROWS, length = (m.inputs + 1) / 2 * 2 * ROWS, work = rows * m.outputs * m.inputs;
-  const bool pairs = m.format == 1 && pairs_at_once();
-  Buffer buffer(pieces * length);
-  float* given = buffer;
-  parallel(pieces, work, 0, [&](float*, i64 i) {
-    float* to = given + i * length;
-    if (piece_rows(rows, i * ROWS) < ROWS) std::memset(to, 0, length * 4);
-    lay(m, piece_rows(rows, i * ROWS), x + i * ROWS * x_row, x_row, pairs, to);
-  });
-  parallel(panels(m.outputs), work, BLOCK * P + pieces * ROWS * P, [&](float* own, i64 panel) {
-    float *block = own, *sums = own + BLOCK * P;
-    const char* data = static_cast<const char*>(m.data) + panel * panel_bytes(m.format, m.inputs);
-    std::memset(sums, 0, pieces * ROWS * P * 4);
-    for (i64 first = 0; first < m.inputs; first += BLOCK) {
-      const i64 count = m.inputs - first < BLOCK ? m.inputs - first : BLOCK;
+inline bool in_pairs(const Matrix& m) { return m.format == 1 && pairs_at_once(); }
+
+// Many rows in pieces of eight, each (inputs, 8): how many, the numbers of one, and what a panel needs beside them.
+inline i64 pieces(i64 rows) { return (rows + ROWS - 1) / ROWS; }
+inline i64 piece_length(const Matrix& m) { return (m.inputs + 1) / 2 * 2 * ROWS; }
+inline i64 own_numbers(i64 rows) { return BLOCK * P + pieces(rows) * ROWS * P; }
+
+inline void lay_piece(const Matrix& m, i64 piece, i64 rows, const float* x, i64 x_row, float* given) {
+  float* to = given + piece * piece_length(m);
+  if (piece_rows(rows, piece * ROWS) < ROWS) std::memset(to, 0, piece_length(m) * 4);
+  lay(m, piece_rows(rows, piece * ROWS), x + piece * ROWS * x_row, x_row, in_pairs(m), to);
+}
+
+// A panel and many rows: for each block of inputs, all rows, 8 at a time; what is beyond the last row is computed as zero.
+inline void many_panel(const Matrix& m, i64 panel, i64 rows, const float* given, float* own, float* y, i64 y_row) {
+  const i64 count = pieces(rows), length = piece_length(m);
+  float *block = own, *sums = own + BLOCK * P;
+  const char* data = static_cast<const char*>(m.data) + panel * panel_bytes(m.format, m.inputs);
+  std::memset(sums, 0, count * ROWS * P * 4);
+  for (i64 first = 0; first < m.inputs; first += BLOCK) {
+    const i64 inputs = m.inputs - first < BLOCK ? m.inputs - first : BLOCK;
 #if BESTIARY_BF16
-      if (pairs) {
-        for (i64 i = 0; i < pieces; i++)
-          pairs_times<ROWS>(data + first / 2 * P * 4, (count + 1) / 2,
-                            reinterpret_cast<const std::uint32_t*>(given + i * length) + first / 2 * ROWS, sums + i * ROWS * P);
-        continue;
-      }
+    if (in_pairs(m)) {
+      for (i64 i = 0; i < count; i++)
+        pairs_times<ROWS>(data + first / 2 * P * 4, (inputs + 1) / 2,
+                          reinterpret_cast<const std::uint32_t*>(given + i * length) + first / 2 * ROWS, sums + i * ROWS * P);
+      continue;
+    }
 #endif
-      const float* wide = reinterpret_cast<const float*>(data) + first * P;
-      if (m.format) widen(m, panel, first, count, block), wide = block;
-      for (i64 i = 0; i < pieces; i++)
-        block_times<ROWS>(wide, count, given + i * length + first * ROWS, sums + i * ROWS * P);
-    }
-    for (int v = 0; v < V; v++) {
-      const i64 n = panel * P + v * W, rest = m.outputs - n;
-      if (rest <= 0) return;
-      const int lanes = static_cast<int>(rest < W ? rest : W);
-      vf scale = m.format == 2 ? load(m.scales + n) : all(1.0f), bias = m.bias ? load(m.bias + n, lanes) : vf{};
-      for (i64 r = 0; r < rows; r++) store(y + r * y_row + n, load(sums + r * P + v * W) * scale + bias, lanes);
-    }
+    const float* wide = reinterpret_cast<const float*>(data) + first * P;
+    if (m.format) widen(m, panel, first, inputs, block), wide = block;
+    for (i64 i = 0; i < count; i++)
+      block_times<ROWS>(wide, inputs, given + i * length + first * ROWS, sums + i * ROWS * P);
+  }
+  for (int v = 0; v < V; v++) {
+    const i64 n = panel * P + v * W, rest = m.outputs - n;
+    if (rest <= 0) return;
+    const int lanes = static_cast<int>(rest < W ? rest : W);
+    vf scale = m.format == 2 ? load(m.scales + n) : all(1.0f), bias = m.bias ? load(m.bias + n, lanes) : vf{};
+    for (i64 r = 0; r < rows; r++) store(y + r * y_row + n, load(sums + r * P + v * W) * scale + bias, lanes);
+  }
+}
+
+inline void multiply_many(const Matrix& m, i64 rows, const float* x, i64 x_row, float* y, i64 y_row) {
+  const i64 work = rows * m.outputs * m.inputs;
+  Buffer buffer(pieces(rows) * piece_length(m));
+  float* given = buffer;
+  parallel(pieces(rows), work, 0, [&](float*, i64 i) { lay_piece(m, i, rows, x, x_row, given); });
+  parallel(panels(m.outputs), work, own_numbers(rows), [&](float* own, i64 panel) {
+    many_panel(m, panel, rows, given, own, y, y_row);
   });
 }
 

@@ -226,11 +226,17 @@ inline void layer_norm(const Run& run, const Instruction& i) {
 
 inline i64 padded(i64 n) { return matvec::groups(n) * matvec::GROUP; }
 
-// y (rows, outputs) = W x: panels are shared.
+// y (rows, outputs) = W x: panels are shared. Where matvec::multiply rounds x to bf16, so does this.
 inline void product(const Run& run, const Instruction& i) {
   const Matrix& m = *i.matrix;
   const View y = run.view(i, 0), x = run.view(i, 1);
   const i64 rows = i.shape[0], all = matvec::panels(m.outputs), length = padded(m.inputs);
+  if (rows >= matvec::MANY && matvec::in_pairs(m)) {
+    float* own = run.scratch + matvec::pieces(rows) * matvec::piece_length(m);
+    for (i64 i = 0; i < matvec::pieces(rows); i++) matvec::lay_piece(m, i, rows, x.data, x.stride[0], run.scratch);
+    for (i64 p = run.from(all); p < run.to(all); p++) matvec::many_panel(m, p, rows, run.scratch, own, y.data, y.stride[0]);
+    return;
+  }
   const float* given = x.data;
   if (rows > 1 || m.inputs % matvec::GROUP) {
     matvec::interleave(m, rows, x.data, x.stride[0], run.scratch);

@@ -329,12 +329,14 @@ int instructions() {
             s.operands.push_back(memory), s.i.number[0] = levels, s.i.number[1] = s.region(positions), s.i.real[0] = 1;
             s.run(whole_groups(n)), ran++;
           }
-    for (i64 rows : {1, 3, 9})
+    for (i64 rows : {1, 3, 9, 17})
       for (i64 format = 0; format < 4; format++) {
         Pool pool;
         Packed p(pool, 33, n, format, true);
         Single s(program::PRODUCT, {rows});
-        s.operand({rows, 33}), s.operand({rows, n}), s.i.matrix = &p.m, s.run(rows * whole_groups(n)), ran++;
+        s.operand({rows, 33}), s.operand({rows, n}), s.i.matrix = &p.m;
+        const bool pairs = rows > 16 && format == 1 && bestiary_rounds_inputs();
+        s.run(pairs ? 24 * ((n + 1) / 2 * 2) + 16 * (256 + 24) : rows * whole_groups(n)), ran++;
       }
     for (i64 turned : {n / 2 * 2, n / 4 * 2}) {
       i64 positions[2] = {7, 1000};

@@ -8,6 +8,7 @@ from decoding.kit import close, make
 from ops.native.kit import needed
 
 from bestiary import LanguageModel, ModelConfig, mixers, state
+from bestiary.ops.native.matvec import rounds_inputs
 from bestiary.state import nbytes
 
 pytestmark = needed
@@ -83,7 +84,9 @@ def test_a_layer_that_is_not_lowered_runs_as_it_is_between_two_programs() -> Non
 
 @pytest.mark.parametrize("form", ["fp32", "bf16", "int8", "int4"])
 def test_the_native_step_is_the_packed_models_own(form: str) -> None:
-    fast = make("mamba attention rwkv7 gated_delta_net").packed(form)
+    fast = make("mamba attention rwkv7 gated_delta_net based mla delta_product mamba3 log_linear_attention").packed(
+        form
+    )
     tokens = torch.randint(50, (2, 9))
     with torch.no_grad():
         _, ours = fast(tokens[:, :5])
@@ -94,6 +97,22 @@ def test_the_native_step_is_the_packed_models_own(form: str) -> None:
             expected, theirs = fast.step(token, theirs)
             fast.decoder = decoder
             assert close(found, expected)
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16", "int8", "int4"])
+def test_many_rows_are_multiplied_as_the_packed_model_does(form: str) -> None:
+    fast = make("mamba gla").packed(form)
+    decoder, exact = fast.decoder, form != "bf16" or not rounds_inputs()
+    assert decoder is not None
+    for rows in (16, 19, 32):
+        with torch.no_grad():
+            token, before = torch.randint(50, (rows,)), fast(torch.randint(50, (rows, 5)))[1]
+            found, _ = fast.step(token, before)
+            fast.decoder = None
+            expected, _ = fast.step(token, before)
+            fast.decoder = decoder
+        assert decoder.report(rows) == [None] * 3
+        assert close(found, expected) if exact else (found - expected).abs().max() < 2**-6 * expected.abs().max()
 
 
 def test_rows_of_different_lengths_keep_their_own_positions() -> None:

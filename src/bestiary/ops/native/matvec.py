@@ -13,6 +13,8 @@ from bestiary.ops.native.library import buffer, check_shapes, load, pointer
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 """int8: symmetric, a scale an output; int4: symmetric, a scale in bf16 for each 32 inputs of an output."""
 PANEL = 16
+MANY_ROWS = 16
+"""Rows from which on a product goes by blocks; a matrix in bf16 may round its inputs then."""
 FEW_ROWS = 32
 """So many rows at most a step of decoding has in one program."""
 
@@ -69,6 +71,10 @@ class PackedMatrix:
         )
         self._address = ctypes.byref(self.fields)
         self.library.bestiary_pack(self._address, pointer(weight), self.data.data_ptr(), pointer(self.scales))
+
+    def rounds(self, rows: int) -> bool:
+        """Whether a product with so many rows rounds these to bf16."""
+        return self.form == "bf16" and rows >= MANY_ROWS and rounds_inputs()
 
     @property
     def nbytes(self) -> int:
