@@ -155,6 +155,7 @@ def _attend(
     kind = "plain" if window else "cache"
     cached = [_target(low, new, old, kind) for new, old in zip(after[:2], (keys, values))]
     counted = _target(low, after[2], position, "positions")
+    low.check_old(counted)
     low.new(o)
     for new, leaf in zip(after, (*cached, counted)):
         low.bind(new, leaf)
@@ -185,6 +186,7 @@ def _turn(low: Lowering, result: Tensor, x: Tensor, position: Tensor, base: floa
     leaf = low.leaves.get(storage(position))
     if leaf is None or leaf.kind not in ("plain", "positions"):
         raise Unsupported("positions that are not a state's")
+    low.check_old(leaf)
     leaf.kind = "positions"
     low.new(result)
     speed = base ** -(torch.arange(0, dims, 2, dtype=torch.float64) / max(dims, 1)) / stretch

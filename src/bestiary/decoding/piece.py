@@ -156,20 +156,26 @@ class Piece:
             work=memory.work,
             alive=memory.alive,
         )
+        self._try(write=False)
+        self._try(write=True)
+
+    def _try(self, write: bool) -> None:
+        """Take the sample's step; Unsupported where it is not the layers'."""
+        y, _ = self.result
         assert self.samples is not None
         x, embedded, values = self.samples
         context = Context(embeddings=embedded[:, None], v_first=values)
-        ready = self.ready([layer.sample for layer in self.layers], set(), False)
+        ready = self.ready([states.fork(layer.sample) for layer in self.layers], set(), write)
         found = self.run(x, ready, context)
         for name, ours, theirs in (("result", found, y), *(
-            (f"state of layer {layer.index}", a, b)
+            (f"state of layer {layer.index}", a[:, : b.shape[1]] if leaf.counter is not None else a, b)
             for layer, new in zip(self.layers, ready.after)
-            for a, b in zip(states.tensors(new), states.tensors(layer.after))
+            for leaf, a, b in zip(layer.leaves, states.tensors(new), states.tensors(layer.after))
         )):  # fmt: skip
             size = theirs.abs().max().item() if theirs.numel() else 0.0
             same = ours.shape == theirs.shape and (ours - theirs).abs().le(TOLERANCE * size + 1e-30).all().item()
             if not same:
-                raise Unsupported(f"its program computes another {name}")
+                raise Unsupported(f"its program computes another {name}{', if it writes in place' if write else ''}")
 
     def ready(self, before: Sequence[Any], taken: set[int], write: bool) -> Ready:
         """Each layer's state made ready for `run`. One that is refused is left as it was, and so is the program.
