@@ -116,9 +116,9 @@ def stack(states: Sequence[State]) -> State:
 
 
 @contextlib.contextmanager
-def in_place() -> Iterator[None]:
+def in_place(allowed: bool = True) -> Iterator[None]:
     """Within it, mixers may write into the states they are given (generation owns its state and wants no copies)."""
-    token = _in_place.set(True)
+    token = _in_place.set(allowed)
     try:
         yield
     finally:

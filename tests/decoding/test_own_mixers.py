@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bestiary import LanguageModel, mixers, ops, state
 from bestiary.mixers import Mixer
+from bestiary.mixers.attention import Attention
 
 pytestmark = needed
 
@@ -110,3 +111,30 @@ def test_layers_that_run_as_they_are_are_told_of_once() -> None:
             fast.step(token.expand(2), fast.initial_state(2))
             native = make("gla").packed("fp32")
             native.step(token, native.initial_state(1))
+
+
+class TurningBack(Attention):
+    """Its values are turned by their positions as well, and its outputs once more, after the cache moved on."""
+
+    name = "own"
+
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        widths = [self.d_inner, *[self.n_kv_heads * self.head_dim] * 2]
+        q, k, v = (z.unflatten(-1, (-1, self.head_dim)) for z in self.qkv(x).split(widths, -1))
+        place = ops.positions(state.position, x.shape[1])
+        q, k, v = (ops.rotate(z, place, base=100.0) for z in (q, k, v))
+        o, after = ops.attention(q, k, v, state=state, lengths=lengths)
+        return self.out(ops.rotate(o, place, base=100.0).flatten(-2)), after
+
+
+def test_positions_may_be_read_after_they_moved_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = made_of(monkeypatch, TurningBack)
+    fast = model.packed("fp32")
+    with torch.no_grad():
+        _, theirs = model(torch.tensor([[1, 2, 3, 4]]))
+        ours = state.fork(theirs)
+        for token in torch.randint(50, (4, 1)):
+            expected, theirs = model.step(token, theirs)
+            with state.in_place():
+                found, ours = fast.step(token, ours)
+            assert close(found, expected)

@@ -121,3 +121,16 @@ def test_keys_and_values_may_lie_in_memory_each_in_its_own_way(
             with state.in_place():
                 found, ours = fast.step(token, ours)
             assert close(found, expected)
+
+
+@pytest.mark.parametrize("layout", ["gla", "attention", "hyena", "attention hyena"])
+def test_a_state_is_left_alone_while_gradients_are_recorded(layout: str) -> None:
+    fast, token = make(layout).packed("fp32"), torch.tensor([3])
+    _, remembered = fast(torch.randint(50, (1, 5)))
+    with state.in_place():
+        assert not state.may_write()
+        for _ in range(2):
+            kept = state.fork(remembered)
+            _, after = fast.step(token, remembered)
+            assert all(map(torch.equal, state.tensors(remembered), state.tensors(kept)))
+            remembered = after

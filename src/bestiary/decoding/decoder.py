@@ -5,6 +5,7 @@ or lowered run as they are between the programs. Before a program is used, it ha
 random step.
 """
 
+import contextlib
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -49,13 +50,14 @@ class Decoder:
             return None
         if len(state.layers) != len(self.model.blocks):
             raise UsageError(f"the state has {len(state.layers)} layers, the model {len(self.model.blocks)}")
+        write = states.may_write()
         with self.lock, torch.no_grad():
             try:
                 plan = self.plans.get(rows)
                 if plan is None:
                     plan = self._plan(rows)
                     self._tell(plan.why_not)
-                return plan.step(tokens, state)
+                return plan.step(tokens, state, write)
             except OtherNumbers:
                 return None
 
@@ -66,7 +68,10 @@ class Decoder:
 
     def _plan(self, rows: int) -> "_Plan":
         if rows not in self.plans:  # it outlasts what surrounds its first step
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False), dispatch.use(None):
+            plain = (torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False))
+            with contextlib.ExitStack() as surroundings:
+                for context in (*plain, states.in_place(False), dispatch.use(None)):
+                    surroundings.enter_context(context)
                 self.plans[rows] = _Plan(self.model, rows)
         return self.plans[rows]
 
@@ -129,9 +134,9 @@ class _Plan:
             for layer in piece.layers:
                 self.why_not[layer.index] = str(error)
 
-    def step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+    def step(self, tokens: Tensor, state: Any, write: bool) -> tuple[Tensor, Any]:
         x = embedded = self.model.embed(tokens)
-        if self.whole is not None and state is self.last and states.may_write():
+        if self.whole is not None and state is self.last and write:
             return self.whole.again(x), state
         context, before = Context(embeddings=embedded[:, None]), (*state.layers, states.Empty())
         parts = [before[part.first : part.first + len(part.layers)] for part in self.stretches]
@@ -139,7 +144,7 @@ class _Plan:
         for part, layers in zip(self.stretches, parts):
             if isinstance(part, Layer):
                 taken |= {memory_of(x) for x in states.tensors(layers)}
-        given = [part.ready(layers, taken) for part, layers in zip(self.stretches, parts)]
+        given = [part.ready(layers, taken, write) for part, layers in zip(self.stretches, parts)]
         self.last = None  # all is well: only now does anything change
         for part, ready in zip(self.stretches, given):
             x = part.run(x, ready, context)

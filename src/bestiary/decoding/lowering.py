@@ -207,14 +207,18 @@ class Lowering:
         strides = (*strides, *[0] * (4 - len(strides)))
         if self.dynamic(tensor):
             region, at = self.places[storage(tensor)]
-            leaf = self.leaves.get(storage(tensor))
-            if leaf is not None and leaf.written and len(self.instructions) != leaf.written_by:
-                raise Unsupported("a state that is read after it was written")
+            if (leaf := self.leaves.get(storage(tensor))) is not None:
+                self.check_old(leaf)
             return Place(region, at + int(tensor.storage_offset()), strides)
         if tensor.dtype != torch.float32:
             raise Unsupported(f"a constant of {tensor.dtype}")
         self.alive.append(tensor)
         return Place(-1, tensor.data_ptr(), strides)
+
+    def check_old(self, leaf: Leaf) -> None:
+        """Refuse to read what the new numbers may have been written over; the writer itself reads them first."""
+        if leaf.written and len(self.instructions) != leaf.written_by:
+            raise Unsupported("a state that is read after it was written")
 
     def constant(self, tensor: Tensor) -> Tensor:
         """A constant in fp32, which lies in one piece."""

@@ -162,6 +162,7 @@ def _attend(
     else:
         cached.append(_target(low, after[1], values, kind))
     counted = _target(low, after[2], position, "positions")
+    low.check_old(counted)
     low.new(o)
     for new, leaf in zip(after, (*cached, counted)):
         low.bind(new, leaf)
@@ -216,6 +217,7 @@ def _turn(low: Lowering, result: Tensor, x: Tensor, position: Tensor, base: floa
     leaf = low.leaves.get(storage(position))
     if leaf is None or leaf.kind not in ("plain", "positions"):
         raise Unsupported("positions that are not a state's")
+    low.check_old(leaf)
     leaf.kind = "positions"
     low.new(result)
     speed = base ** -(torch.arange(0, dims, 2, dtype=torch.float64) / max(dims, 1)) / stretch

@@ -25,7 +25,8 @@ ROUNDED = 2**-6
 class Ready:
     """States that a program may read: where each leaf's numbers are and where the new ones go, and the new states."""
 
-    def __init__(self) -> None:
+    def __init__(self, write: bool):
+        self.write = write  # whether the old numbers may be written over
         self.leaves, self.after = list[tuple[Leaf, Tensor, Tensor]](), list[Any]()
 
 
@@ -38,16 +39,17 @@ class Layer:
         self.leaves: list[Leaf] = []
         self.first, self.layers = index, [self]
 
-    def ready(self, before: Sequence[Any], taken: set[int]) -> Ready:
+    def ready(self, before: Sequence[Any], taken: set[int], write: bool) -> Ready:
         """As for a piece: nothing needs to be looked at."""
         del taken
-        ready = Ready()
+        ready = Ready(write)
         ready.after += before
         return ready
 
     def run(self, x: Tensor, ready: Ready, context: Context) -> Tensor:
         """One step as it is; the new state is in `ready.after`."""
-        y, ready.after[0] = self.step(x, ready.after[0], context)
+        with states.in_place(ready.write):
+            y, ready.after[0] = self.step(x, ready.after[0], context)
         return y
 
     def call(self, x: Tensor, embedded: Tensor, values: Tensor | None, leaves: Sequence[Tensor]) -> Any:
@@ -156,30 +158,37 @@ class Piece:
             work=memory.work,
             alive=memory.alive,
         )
+        self._try(write=False)
+        self._try(write=True)
+
+    def _try(self, write: bool) -> None:
+        """Take the sample's step; Unsupported where it is not the layers'."""
+        y, _ = self.result
         assert self.samples is not None
         x, embedded, values = self.samples
         context = Context(embeddings=embedded[:, None], v_first=values)
-        ready = self.ready([layer.sample for layer in self.layers], set())
+        ready = self.ready([states.fork(layer.sample) for layer in self.layers], set(), write)
         found = self.run(x, ready, context)
         rounds = any(i.matrix is not None and i.matrix.rounds(self.rows) for i in self.instructions)
         tolerance = ROUNDED if rounds else TOLERANCE
         for name, ours, theirs in (("result", found, y), *(
-            (f"state of layer {layer.index}", a, b)
+            (f"state of layer {layer.index}", a[:, : b.shape[1]] if leaf.counter is not None else a, b)
             for layer, new in zip(self.layers, ready.after)
-            for a, b in zip(states.tensors(new), states.tensors(layer.after))
+            for leaf, a, b in zip(layer.leaves, states.tensors(new), states.tensors(layer.after))
         )):  # fmt: skip
             size = theirs.abs().max().item() if theirs.numel() else 0.0
             same = ours.shape == theirs.shape and (ours - theirs).abs().le(tolerance * size + 1e-30).all().item()
             if not same:
-                raise Unsupported(f"its program computes another {name}")
+                raise Unsupported(f"its program computes another {name}{', if it writes in place' if write else ''}")
 
-    def ready(self, before: Sequence[Any], taken: set[int]) -> Ready:
+    def ready(self, before: Sequence[Any], taken: set[int], write: bool) -> Ready:
         """Each layer's state made ready for `run`. One that is refused is left as it was, and so is the program.
 
         Args:
             taken: memory that holds something else as well, and so is not written over; what is ready joins it.
+            write: whether other memory may be.
         """
-        write, found = states.may_write(), Ready()
+        found = Ready(write)
         for layer, state in zip(self.layers, before):
             tensors, made = states.tensors(state), list[Tensor]()
             if len(tensors) != len(layer.leaves):
@@ -220,7 +229,7 @@ class Piece:
             if leaf.slots >= 0:
                 regions[leaf.slots] = new.shape[1]
         self.program.run()
-        self.moved = not states.may_write()
+        self.moved = not ready.write
         if self.said is not None:
             at, shape = self.said
             context.v_first = self.program.workspace[at : at + math.prod(shape)].reshape(shape).clone()

@@ -62,6 +62,7 @@ def _count(low: Lowering, result: Tensor, position: Tensor, name: str, more: Any
         or low.targets.get(storage(result)) is not leaf
     ):
         raise Unsupported("whole numbers that depend on the input")
+    low.check_old(leaf)
     leaf.kind = "positions"
     low.emit(Op.ADVANCE, position.shape, [], [position], number=(leaf.old, leaf.new))
     low.bind(result, leaf)
