@@ -126,11 +126,13 @@ def _why_not(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | Non
 
 def _copied(module: Any) -> Any:
     """A module with the same attributes, its collections (of hooks, too) copied; parametrised ones refuse copy.copy."""
+    if isinstance(module, Remembered):
+        return Remembered()
     clone = module.__new__(type(module))
     for name, value in vars(module).items():
         if isinstance(value, types.MethodType) and value.__self__ is module:  # a method that was put on this module
             value = types.MethodType(value.__func__, clone)
-        vars(clone)[name] = copy.copy(value) if isinstance(value, (dict, list, set, Remembered)) else value
+        vars(clone)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
     return clone
 
 

@@ -93,7 +93,7 @@ class PackedMatrix:
         """The weights of any outputs as numbers again."""
         if which.dtype not in (torch.int64, torch.int32):
             raise UsageError(f"rows are named by whole numbers, not by {which.dtype}")
-        flat = which.flatten().to(torch.int64).contiguous()  # a column of a batch has strides
+        flat = which.to(torch.int64).contiguous().view(-1)
         for row in (int(flat.min()), int(flat.max())) if len(flat) else ():
             if not 0 <= row < self.shape[0]:
                 raise UsageError(f"row {row} is not among the {self.shape[0]} of this matrix")
