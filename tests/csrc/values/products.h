@@ -62,6 +62,12 @@ void product(i64 outputs, i64 inputs, i64 format, i64 rows) {
   for (i64 r = 0; r < rows; r++)
     for (double v : p.times({x.data.begin() + r * inputs, x.data.begin() + (r + 1) * inputs})) wanted.push_back(v);
   c.compare("y", y, wanted);
+  const i64 which[] = {outputs - 1, 0, outputs / 2};
+  auto rows_of = blank(3 * inputs);
+  bestiary_gather(&p.m, 3, which, rows_of.data());
+  std::vector<double> same;
+  for (i64 r : which) same.insert(same.end(), p.kept.begin() + r * inputs, p.kept.begin() + (r + 1) * inputs);
+  c.compare("rows", rows_of, same);
   compared++;
   if (!p.near()) wrong++, std::printf("%s: packed weights are off\n", c.name.c_str());
 }

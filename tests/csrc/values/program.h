@@ -109,6 +109,20 @@ void elementwise(i64 n, i64 every) {
       return found[which];
     });
   }
+  Step t(named("turn", {n, every}), program::BINARY, {2, 1, 3, n});
+  auto &angle = t.result({2, 1, 3, n}, 3, every), &old = t.input({2, 1, 3, n}, -3, 3, 1, every), &more = t.input({2, 1, 3, n}, -9, 9);
+  if (every > 1) t.operands[2].stride[3] = 1;
+  t.i.number[0] = program::TURN, t.run(0);
+  t.is("y", angle, [&](i64 a, i64 b, i64 c, i64 d) {
+    const double circle = 6.283185307179586, sum = old(a, b, c, d) + more(a, b, c, d);
+    return sum - circle * std::floor(sum / circle);
+  });
+  Step g(named("gather", {n, every}), program::GATHER, {2, 1, 3, n + 2});
+  auto &taken = g.result({2, 1, 3, n + 2}, 3, every), &of = g.input({2, 1, 3, n}, -1, 1, 1, every);
+  std::vector<i64> index;
+  for (i64 d = 0; d < n + 2; d++) index.push_back(d * 7 % n);
+  g.operands.push_back({-1, reinterpret_cast<i64>(index.data()), {}}), g.run(0);
+  g.is("y", taken, [&](i64 a, i64 b, i64 c, i64 d) { return of(a, b, c, index[d]); });
   for (i64 which = program::SUM; which <= program::LENGTH; which++) {
     Step s(named("reduce", {which, n, every}), program::REDUCE, {2, 1, 3, n});
     auto &y = s.result({2, 1, 3, 1}), &x = s.input({2, 1, 3, n}, -1, 1, 1, every);
@@ -246,6 +260,39 @@ void delta_step(i64 keys, i64 n, i64 decay, bool low, float strength) {
   });
 }
 
+// Levels whose bit of the position is 0 hold zeros; `same`: the memory is written over.
+void fenwick_step(i64 keys, i64 n, i64 levels, i64 past, bool same) {
+  Step s(named("fenwick", {keys, n, levels, past, same}), program::FENWICK, {2, 4, keys, n});
+  i64 positions[2] = {past, past / 2};
+  auto filled = [&](i64 r, i64 l) { return l + 1 < levels ? positions[r] >> l & 1 : positions[r] >> l != 0; };
+  auto &o = s.result({2, 4, n}), &after = s.result({2, levels, 4, keys * n}, 0), &q = s.input({2, 4, keys}, -1, 1, 3, 2);
+  auto &k = s.input({2, 4, keys}, -1, 1, 1, 3), &v = s.input({2, 4, n}), &g = s.input({2, 4, 1}, -1, 0);
+  auto &weight = s.input({2, 4, levels + 1}), &before = s.input({2, levels, 4, keys * n}, -1, 1, 0);
+  before.each([&](float& at, i64 r, i64 l, i64, i64) { at = filled(r, l) ? at : 0; });
+  const Strided old = before;
+  if (same) after.data = before.data, s.operands[7] = s.operands[1];
+  for (int m : {1, 7}) s.operands[m].stride[3] = n;
+  s.i.number[0] = levels, s.i.number[1] = s.region(positions), s.i.real[0] = 0.5, s.run(in_groups(n));
+  auto faded = [&](i64 r, i64 l, i64 h, i64 at) { return std::exp(g(r, h)) * old(r, l, h, at); };
+  s.is("o", o, [&](i64 r, i64 h, i64 j, i64) {
+    double sum = 0;
+    for (i64 i = 0; i < keys; i++) {
+      sum += q(r, h, i) * weight(r, h, 0) * k(r, h, i) * v(r, h, j) / 2;
+      for (i64 l = 0; l < levels; l++) sum += q(r, h, i) * weight(r, h, l + 1) * faded(r, l, h, i * n + j) / 2;
+    }
+    return sum;
+  });
+  s.is("after", after, [&](i64 r, i64 l, i64 h, i64 at) {
+    i64 into = 0;  // the levels before it are full, and are carried into it
+    while (into + 1 < levels && filled(r, into)) into++;
+    if (l < into) return 0.0;
+    if (l > into) return faded(r, l, h, at);
+    double sum = k(r, h, at / n) * v(r, h, at % n);
+    for (i64 m = 0; m <= into; m++) sum += faded(r, m, h, at);
+    return sum;
+  });
+}
+
 // The sums come in a unit of the kernel's choice: they are compared as shares of den.
 void wkv_step(i64 n, float size) {
   Step s(named("wkv step", {n, static_cast<i64>(size)}), program::WKV, {2, n});
@@ -368,6 +415,9 @@ void instructions() {
           linear_step(keys, n, kind % 3, kind / 3, strength);
           delta_step(keys, n, kind % 3, kind / 3, strength);
         }
+      for (i64 levels : {1, 2, 5})
+        for (i64 past : {0, 1, 7, 100})
+          for (bool same : {false, true}) fenwick_step(keys, n, levels, past, same);
       for (i64 window : {0, 1, 2, 70})
         for (i64 past : {0, 1, 69, 100}) attend_step(keys, n, window, past);
     }
