@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
+import numpy
 import pytest
 import torch
 from decoding.kit import close, make
@@ -138,3 +139,85 @@ def test_positions_may_be_read_after_they_moved_on(monkeypatch: pytest.MonkeyPat
             with state.in_place():
                 found, ours = fast.step(token, ours)
             assert close(found, expected)
+
+
+def item(total: Tensor) -> bool:
+    return total.abs().max().item() > 3
+
+
+def truth(total: Tensor) -> bool:
+    return bool((total.abs() > 3).any())
+
+
+def numbers(total: Tensor) -> bool:
+    return max(map(abs, total.flatten().tolist())) > 3
+
+
+def array(total: Tensor) -> bool:
+    return float(numpy.abs(numpy.asarray(total)).max()) > 3
+
+
+def size(total: Tensor) -> bool:
+    return len(total[total.abs() > 3]) > 0
+
+
+def equality(total: Tensor) -> bool:
+    return not torch.equal(total, total.clamp(-3, 3))
+
+
+@pytest.mark.parametrize("large", [item, truth, numbers, array, size, equality])
+def test_python_that_looks_at_numbers_is_not_made_into_a_program(
+    monkeypatch: pytest.MonkeyPatch, large: Callable[[Tensor], bool]
+) -> None:
+    class Forgetful(OfOnesOwn):
+        def sum(self, total: Tensor, x: Tensor) -> Tensor:
+            return (0 * total if large(total) else total) + x
+
+    model = made_of(monkeypatch, Forgetful)
+    fast, largest = model.packed("fp32"), 0.0
+    with torch.no_grad():
+        ours, theirs = fast.initial_state(1), model.initial_state(1)
+        for token in torch.randint(50, (30, 1)):
+            found, ours = fast.step(token, ours)
+            expected, theirs = model.step(token, theirs)
+            assert close(found, expected)
+            largest = max(largest, theirs.layers[0].mixer.total.abs().max().item())
+    assert largest > 3
+    assert fast.decoder is not None and "looks at numbers" in str(fast.decoder.report()[0])
+
+
+class Growing(OfOnesOwn):
+    """Its state is all it has seen."""
+
+    def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> OwnSum:
+        return OwnSum(torch.zeros(batch_size, 0, self.d_model))
+
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        seen = torch.cat([state.total, self.gate(x)], 1)
+        return seen.cumsum(1)[:, state.total.shape[1] :], OwnSum(seen)
+
+
+class Counting(OfOnesOwn):
+    """Its state are whole numbers, which no step changes."""
+
+    def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> OwnSum:
+        return OwnSum(torch.full((batch_size,), 1 << 40))
+
+    def mix(self, x: Tensor, state: Any, lengths: Tensor | None) -> tuple[Tensor, Any]:
+        return self.gate(x), state
+
+
+@pytest.mark.parametrize("mixer", [Growing, Counting])
+def test_states_that_programs_do_not_know_stay_with_their_layers(
+    monkeypatch: pytest.MonkeyPatch, mixer: type[Mixer]
+) -> None:
+    model = made_of(monkeypatch, mixer)
+    fast = model.packed("fp32")
+    with torch.no_grad():
+        ours, theirs = fast.initial_state(2), model.initial_state(2)
+        for token in torch.randint(50, (4, 2)):
+            found, ours = fast.step(token, ours)
+            expected, theirs = model.step(token, theirs)
+            assert close(found, expected)
+            assert all(map(close, state.tensors(ours), state.tensors(theirs)))
+    assert fast.decoder is not None and None not in fast.decoder.report(2)[:2]

@@ -24,8 +24,8 @@ from bestiary.ops.native.matvec import FEW_ROWS
 if TYPE_CHECKING:
     from bestiary.models.language_model import LanguageModel
 
-SAMPLES = 3
-"""Steps before the one that is traced, so that its state is one that occurs."""
+SAMPLES = (3, 7)
+"""Steps before those that a program is tried on, so that their states are such as occur; the first is traced."""
 
 
 class Decoder:
@@ -94,29 +94,25 @@ class _Plan:
     def __init__(self, model: "LanguageModel", rows: int):
         self.model, self.why_not = model, list[str | None]()
         self.stretches: list[Piece | Layer] = []
-        tokens = torch.randint(
-            model.config.vocab_size, (rows, SAMPLES + 1), generator=torch.Generator().manual_seed(rows)
-        )
-        _, sample = model.hidden(tokens[:, :SAMPLES])
-        x = embedded = model.embed(tokens[:, -1])
-        layers = [
-            Layer(block.step, layer, i)  # type: ignore[arg-type]
-            for i, (block, layer) in enumerate(zip(model.blocks, sample.layers))
-        ]
-        layers.append(Layer(lambda x, state, context: (model.head(model.norm(x)), state), states.Empty(), len(layers)))
-        context, piece = Context(embeddings=embedded[:, None]), Piece(rows)
-        for layer in layers:
-            values = context.v_first
-            y, layer.after = layer.step(x, states.fork(layer.sample), context)
+        generator, given = torch.Generator().manual_seed(rows), list[tuple[Tensor, Any, Context]]()
+        for steps in SAMPLES:
+            tokens = torch.randint(model.config.vocab_size, (rows, steps + 1), generator=generator)
+            before = model.hidden(tokens[:, :steps])[1].layers
+            x = model.embed(tokens[:, -1])
+            given.append((x, (*before, states.Empty()), Context(embeddings=x[:, None])))
+        layers = [Layer(block.step, i) for i, block in enumerate(model.blocks)]  # type: ignore[arg-type]
+        layers.append(Layer(lambda x, state, context: (model.head(model.norm(x)), state), len(layers)))
+        xs, piece = [embedded for embedded, *_ in given], Piece(rows)
+        for i, layer in enumerate(layers):
+            xs = [layer.try_on(x, embedded, before[i], context) for x, (embedded, before, context) in zip(xs, given)]
             try:
-                piece.add(layer, x, embedded, values)
+                piece.add(layer)
                 self.why_not.append(None)
             except Unsupported as error:
                 self.why_not.append(str(error))
                 self._close(piece)
                 self.stretches.append(layer)
                 piece = Piece(rows)
-            x = y
         self._close(piece)
         (only, *others) = self.stretches
         self.whole = None if others or isinstance(only, Layer) or only.grows else only

@@ -21,12 +21,10 @@ from bestiary.decoding.program import (
     collapsed,
     strides_of,
 )
-from bestiary.decoding.trace import Call, storage, tensors
+from bestiary.decoding.trace import BLANK, Call, storage, tensors
 from bestiary.errors import UsageError
 from bestiary.ops.native.matvec import PackedMatrix
 
-BLANK = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
-"""What takes a tensor for its shape alone."""
 MUTATING = {"add_", "sub_", "mul_", "div_", "exp_", "neg_", "sigmoid_", "relu_"}
 
 Handler = Callable[..., None]
@@ -288,8 +286,6 @@ class Lowering:
             given, made = tensors((call.args, call.kwargs)), tensors(call.result)
             if call.name in BLANK or not any(self.dynamic(x) for x in given):
                 continue
-            if not made:
-                raise Unsupported("Python looks at numbers that depend on the input")
             if call.mutates and (call.name not in MUTATING or not self.dynamic(given[0])):
                 raise Unsupported(f"{call.name} writes into what may be needed")
             if not call.mutates and all(any(storage(x) == storage(y) for y in given) for x in made):

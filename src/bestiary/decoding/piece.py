@@ -2,15 +2,15 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bestiary import state as states
-from bestiary.decoding.lowering import Leaf, Lowering, Memory, Unsupported
+from bestiary.decoding.lowering import Leaf, Lowering, Memory, OtherNumbers, Unsupported
 from bestiary.decoding.program import UNARY, WORKSPACE, Instruction, Op, Place, Program
-from bestiary.decoding.trace import Trace, storage
+from bestiary.decoding.trace import Reads, Trace, storage
 from bestiary.errors import UsageError
 from bestiary.mixers import Context
 from bestiary.ops.native import traced
@@ -30,14 +30,31 @@ class Ready:
         self.leaves, self.after = list[tuple[Leaf, Tensor, Tensor]](), list[Any]()
 
 
-class Layer:
-    """A part of a model that takes steps: its step, a state that occurs, and its place among the others."""
+class Sample(NamedTuple):
+    """A step that occurs: what a layer reads (RWKV-7's first values only where there are any), and what it makes."""
 
-    def __init__(self, step: Callable[[Tensor, Any, Context], tuple[Tensor, Any]], sample: Any, index: int):
-        self.step, self.sample, self.index = step, sample, index
-        self.after: Any = None  # the sample's next state
+    x: Tensor
+    embedded: Tensor
+    values: Tensor | None
+    before: Any
+    y: Tensor
+    after: Any
+
+
+class Layer:
+    """A part of a model that takes steps: its step, and its place among the others."""
+
+    def __init__(self, step: Callable[[Tensor, Any, Context], tuple[Tensor, Any]], index: int):
+        self.step, self.index, self.samples = step, index, list[Sample]()
         self.leaves: list[Leaf] = []
         self.first, self.layers = index, [self]
+
+    def try_on(self, x: Tensor, embedded: Tensor, state: Any, context: Context) -> Tensor:
+        """The result of a step that becomes a sample."""
+        values = context.v_first
+        y, after = self.step(x, states.fork(state), context)
+        self.samples.append(Sample(x, embedded, values, state, y, after))
+        return y
 
     def ready(self, before: Sequence[Any], taken: set[int], write: bool) -> Ready:
         """As for a piece: nothing needs to be looked at."""
@@ -55,7 +72,7 @@ class Layer:
     def call(self, x: Tensor, embedded: Tensor, values: Tensor | None, leaves: Sequence[Tensor]) -> Any:
         """The step as a function of tensors alone: (result, first values, new leaves)."""
         context = Context(embeddings=embedded[:, None], v_first=values)
-        y, after = self.step(x, rebuilt(self.sample, iter(leaves)), context)
+        y, after = self.step(x, rebuilt(self.samples[0].before, iter(leaves)), context)
         return y, context.v_first, states.tensors(after)
 
 
@@ -68,7 +85,6 @@ class Piece:
         self.input, self.embedded, self.output, self.values = (self.memory.region() for _ in range(4))
         self.said: tuple[int, tuple[int, ...]] | None = None  # where a layer put RWKV-7's first values, and their shape
         self.hears = False
-        self.samples: tuple[Tensor, Tensor, Tensor | None] | None = None
         self.program: Program | None = None
         self.moved = False  # whether the last step left its new state beside the old one
 
@@ -77,16 +93,11 @@ class Piece:
         """Of the model's layers."""
         return self.layers[0].index
 
-    def add(self, layer: Layer, x: Tensor, embedded: Tensor, before: Tensor | None) -> None:
-        """Lower a layer behind what is there; Unsupported leaves everything as it was.
-
-        Args:
-            x: a sample of what it reads.
-            before: the first values of RWKV-7 that the context holds before it; None for none.
-        """
+    def add(self, layer: Layer) -> None:
+        """Lower a layer, which has samples, behind what is there; Unsupported leaves everything as it was."""
         kept = (self.memory.regions, self.memory.used)
         try:
-            self._add(layer, x, embedded, before)
+            self._add(layer)
         except Unsupported:
             self.memory.regions, self.memory.used = kept
             raise
@@ -94,14 +105,17 @@ class Piece:
             self.memory.regions, self.memory.used = kept
             raise Unsupported(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
 
-    def _add(self, layer: Layer, x: Tensor, embedded: Tensor, before: Tensor | None) -> None:
+    def _add(self, layer: Layer) -> None:
+        x, embedded, before, remembered, *_ = layer.samples[0]
         told = [] if before is None else [before]
-        old = [leaf.clone(memory_format=torch.contiguous_format) for leaf in states.tensors(layer.sample)]
+        old = [leaf.clone(memory_format=torch.contiguous_format) for leaf in states.tensors(remembered)]
         inputs = [x.clone(), embedded.clone(), *(t.clone() for t in told), *old]
 
         trace = Trace()
-        with traced.tracing(), trace:
+        with traced.tracing(), trace, Reads(trace):
             y, values, new = layer.call(inputs[0], inputs[1], inputs[2] if told else None, old)
+        if (reader := trace.told(inputs)) is not None:
+            raise Unsupported(f"Python looks at numbers that depend on the input, by {reader}")
         said = () if values is None or told else (values,)
         calls = trace.needed((y, *said, *new))
         low, leaves = Lowering(self.memory), [Leaf(leaf, self.memory) for leaf in old]
@@ -125,6 +139,10 @@ class Piece:
             low.arrive(values, WORKSPACE, heard[0], -2)
         moved = set[int]()
         for made, leaf in zip(new, leaves):
+            if leaf.counter is None and made.shape != leaf.shape:
+                raise Unsupported("a state that grows")
+            if leaf.kind != "positions" and leaf.dtype != torch.float32:
+                raise Unsupported(f"a state in {leaf.dtype}")
             if not leaf.written:
                 if storage(made) in moved:
                     raise Unsupported("state that moves from one tensor to another")
@@ -135,14 +153,13 @@ class Piece:
         self.memory.used = persistent
         self.memory.alive.append((low.alive, calls))
         self.hears, self.said = self.hears or (bool(told) and self.said is None), heard or self.said
-        self.samples = self.samples or (x, embedded, before)
         self.result = (y, to)
         layer.leaves = leaves
         self.instructions += low.instructions
         self.layers.append(layer)
 
     def close(self) -> None:
-        """Make the program, and see that it computes what the layers compute on the sample."""
+        """Make the program, and see that it computes what the layers compute on the samples."""
         y, (region, at) = self.result
         if region == WORKSPACE:
             places = [Place(self.output, 0, (0, 0, 0, 1)), Place(WORKSPACE, at, (0, 0, 0, 1))]
@@ -158,23 +175,25 @@ class Piece:
             work=memory.work,
             alive=memory.alive,
         )
-        self._try(write=False)
-        self._try(write=True)
+        for i in range(len(self.layers[0].samples)):
+            for write in (False, True):
+                try:
+                    self._try([layer.samples[i] for layer in self.layers], write)
+                except (UsageError, OtherNumbers) as error:
+                    raise Unsupported(f"states that differ by more than their numbers: {error}") from error
 
-    def _try(self, write: bool) -> None:
-        """Take the sample's step; Unsupported where it is not the layers'."""
-        y, _ = self.result
-        assert self.samples is not None
-        x, embedded, values = self.samples
-        context = Context(embeddings=embedded[:, None], v_first=values)
-        ready = self.ready([states.fork(layer.sample) for layer in self.layers], set(), write)
-        found = self.run(x, ready, context)
+    def _try(self, samples: list[Sample], write: bool) -> None:
+        """Take the samples' step; Unsupported where it is not the layers'."""
+        first, y = samples[0], samples[-1].y
+        context = Context(embeddings=first.embedded[:, None], v_first=first.values)
+        ready = self.ready([states.fork(sample.before) for sample in samples], set(), write)
+        found = self.run(first.x, ready, context)
         rounds = any(i.matrix is not None and i.matrix.rounds(self.rows) for i in self.instructions)
         tolerance = ROUNDED if rounds else TOLERANCE
         for name, ours, theirs in (("result", found, y), *(
             (f"state of layer {layer.index}", a[:, : b.shape[1]] if leaf.counter is not None else a, b)
-            for layer, new in zip(self.layers, ready.after)
-            for leaf, a, b in zip(layer.leaves, states.tensors(new), states.tensors(layer.after))
+            for layer, sample, new in zip(self.layers, samples, ready.after)
+            for leaf, a, b in zip(layer.leaves, states.tensors(new), states.tensors(sample.after))
         )):  # fmt: skip
             size = theirs.abs().max().item() if theirs.numel() else 0.0
             same = ours.shape == theirs.shape and (ours - theirs).abs().le(tolerance * size + 1e-30).all().item()

@@ -45,7 +45,7 @@ def _binary(name: str) -> Handler:
             return
         if not isinstance(x, Tensor):
             raise Unsupported("a number before an operator")
-        factor = {"add": 1.0, "sub": 1.0, "mul": y, "div": 1 / y}[name]
+        factor = y if name == "mul" else 1 / y if name == "div" else 1.0
         _affine(low, result, x, factor, {"add": alpha * y, "sub": -alpha * y}.get(name, 0.0))
 
     return lower

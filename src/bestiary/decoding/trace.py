@@ -3,8 +3,14 @@
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+BLANK = {"zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"}
+"""What takes a tensor for its shape alone."""
+READERS = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 
 
 class Call(NamedTuple):
@@ -12,6 +18,7 @@ class Call(NamedTuple):
 
     name: str
     mutates: bool
+    tells: bool  # whether Python learns numbers of tensors from it
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     result: Any
@@ -28,8 +35,22 @@ class Trace(TorchDispatchMode):
         del types
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        self.calls.append(Call(func._opname, func._schema.is_mutable, args, kwargs, result))
+        mutates = func._schema.is_mutable
+        tells = torch.Tag.dynamic_output_shape in func.tags or not (mutates or tensors(result))
+        self.calls.append(Call(func._opname, mutates, tells, args, kwargs, result))
         return result
+
+    def told(self, inputs: Iterable[Tensor]) -> str | None:
+        """The first operator by which Python learned numbers that depend on these tensors; None for none."""
+        depend = {storage(x) for x in inputs}
+        for call in self.calls:
+            given, made = tensors((call.args, call.kwargs)), tensors(call.result)
+            if call.name in BLANK or not any(storage(x) in depend for x in given):
+                continue
+            if call.tells:
+                return call.name
+            depend |= {storage(x) for x in made + (given if call.mutates else [])}
+        return None
 
     def needed(self, results: Iterable[Tensor]) -> list[Call]:
         """The calls that these results depend on, in order."""
@@ -40,6 +61,20 @@ class Trace(TorchDispatchMode):
                 wanted |= {storage(x) for x in given}
                 kept.append(call)
         return kept[::-1]
+
+
+class Reads(TorchFunctionMode):
+    """Within it, a trace also notes how Python reads numbers past all operators."""
+
+    def __init__(self, trace: Trace):
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        if func in READERS:
+            self.trace.calls.append(Call(func.__name__, False, True, args, {}, None))
+        return func(*args, **(kwargs or {}))
 
 
 def storage(tensor: Tensor) -> int:
