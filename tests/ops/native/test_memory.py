@@ -1,7 +1,10 @@
 """Blocks of memory are used again when nobody needs them, never before, and only so many are kept."""
 
 import gc
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from bestiary.ops.native import memory
@@ -47,3 +50,22 @@ def test_weights_lie_side_by_side_at_cache_lines() -> None:
     first, second = room(100), room(5)
     assert second.data_ptr() - first.data_ptr() == 128 and first.data_ptr() % 64 == 0
     assert len(room(memory.CHUNK + 1)) == memory.CHUNK + 1
+
+
+def test_threads_that_pack_at_once_get_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new chunk takes long: who asks meanwhile waits for it, and no piece of any is lost or given twice."""
+    real, sizes = memory.mapped, []
+
+    def slow(size: int) -> memory.Bytes:
+        sizes.append(size)
+        time.sleep(0.05)
+        return real(size)
+
+    monkeypatch.setattr(memory, "mapped", slow)
+    arena = memory.Arena()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(arena.room, [memory.CHUNK // 2] * 8))
+    for i, tensor in enumerate(found):
+        tensor.fill_(i)
+    assert [tensor.unique().tolist() for tensor in found] == [[i] for i in range(8)]
+    assert sizes == [memory.CHUNK] * 4
