@@ -327,6 +327,7 @@ inline void multiply_many(const Matrix& m, i64 rows, const float* x, i64 x_row, 
   const i64 pieces = (rows + ROWS - 1) / ROWS, length = (m.inputs + 1) / 2 * 2 * ROWS, work = rows * m.outputs * m.inputs;
   const bool pairs = m.format == 1 && pairs_at_once();
   Buffer buffer(pieces * length);
+  if (buffer.missing()) return;
   float* given = buffer;
   parallel(pieces, work, 0, [&](float*, i64 i) {
     float* to = given + i * length;
@@ -366,6 +367,7 @@ void multiply(const Matrix& m, i64 rows, const float* x, i64 x_row, float* y, i6
   if (rows >= MANY) return multiply_many(m, rows, x, x_row, y, y_row);
   const i64 length = groups(m.inputs) * GROUP;
   Buffer buffer(rows * length);
+  if (buffer.missing()) return;
   float* given = buffer;
   interleave(m, rows, x, x_row, given);
   parallel(panels(m.outputs), rows * m.outputs * m.inputs, 0, [&](float*, i64 panel) {
