@@ -368,6 +368,7 @@ inline void many_panel(const Matrix& m, i64 panel, i64 rows, const float* given,
 inline void multiply_many(const Matrix& m, i64 rows, const float* x, i64 x_row, float* y, i64 y_row) {
   const i64 work = rows * m.outputs * m.inputs;
   Buffer buffer(pieces(rows) * piece_length(m));
+  if (buffer.missing()) return;
   float* given = buffer;
   parallel(pieces(rows), work, 0, [&](float*, i64 i) { lay_piece(m, i, rows, x, x_row, given); });
   parallel(panels(m.outputs), work, own_numbers(rows), [&](float* own, i64 panel) {
@@ -379,6 +380,7 @@ void multiply(const Matrix& m, i64 rows, const float* x, i64 x_row, float* y, i6
   if (rows >= MANY) return multiply_many(m, rows, x, x_row, y, y_row);
   const i64 length = groups(m.inputs) * GROUP;
   Buffer buffer(rows * length);
+  if (buffer.missing()) return;
   float* given = buffer;
   interleave(m, rows, x, x_row, given);
   parallel(panels(m.outputs), rows * m.outputs * m.inputs, 0, [&](float*, i64 panel) {

@@ -605,6 +605,11 @@ void run(const Program& p, void* const* regions) {
 #ifdef _OPENMP
   threads = omp_get_max_threads();
   if (threads > p.threads) threads = static_cast<int>(p.threads);
+#endif
+  const i64 own = (p.scratch + 15) / 16 * 16;  // whole cache lines, so that no two threads write into one
+  Buffer scratch(threads * own);
+  if (scratch.missing()) return;
+#ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
 #endif
   {
@@ -612,8 +617,8 @@ void run(const Program& p, void* const* regions) {
 #ifdef _OPENMP
     thread = omp_get_thread_num(), count = omp_get_num_threads();
 #endif
-    Buffer scratch(p.scratch);
-    const Run all{p, regions, scratch, thread, count}, alone{p, regions, scratch, 0, 1};
+    float* const mine = scratch + thread * own;
+    const Run all{p, regions, mine, thread, count}, alone{p, regions, mine, 0, 1};
     for (i64 n = 0; n < p.instructions; n++) {
       const Instruction& i = p.list[n];
 #ifdef _OPENMP

@@ -170,7 +170,6 @@ class Program:
         threads = 1 if work < THREADS_FROM else 1 << 16
         self._program = _Program(rows, len(instructions), scratch, threads, *addresses)
         self._call, self._address = kernel("bestiary_program"), ctypes.byref(self._program)
-        self._call.argtypes, self._call.restype = [ctypes.c_void_p, ctypes.c_void_p], None
         self.regions = (ctypes.c_void_p * regions)()
         self.regions[WORKSPACE] = self.workspace.data_ptr()
 

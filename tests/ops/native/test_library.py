@@ -5,6 +5,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,31 @@ def test_python_calls_the_functions_that_there_are_as_they_are() -> None:
     found, digest = _interface()
     assert {name: kinds for name, (_, kinds) in found.items() if name != "version"} == library.SIZES | library.KERNELS
     assert {name for name, (result, _) in found.items() if result == "i64"} == {*library.SIZES, "version"}
-    assert (library.VERSION, digest) == (5, "b66967682003"), "the C interface changed: raise VERSION, and say so here"
+    assert (library.VERSION, digest) == (6, "8d19850ce6c1"), (
+        "the C interface has changed: raise VERSION, and say so here"
+    )
+
+
+@needed
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit memory so")
+@pytest.mark.parametrize(("rows", "inputs"), [(8, 1 << 22), (16, 1 << 22), (1 << 20, 1)])
+def test_a_kernel_without_memory_is_an_error_that_python_survives(rows: int, inputs: int) -> None:
+    """Its workspace alone is too large: of few rows, of many, and of each thread."""
+    code = f"""
+import resource, torch
+from bestiary.ops.native.matvec import PackedMatrix
+torch.set_num_threads(2)
+small, large = PackedMatrix(torch.randn(64, 64), "fp32"), PackedMatrix(torch.zeros(1, {inputs}), "fp32")
+ones = torch.ones(2048, 64)
+expected = small.multiply(ones)
+x = torch.ones({inputs}).expand({rows}, -1)  # the numbers of one row
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (4096 * pages + (50 << 20), resource.RLIM_INFINITY))
+try: large.multiply(x)
+except MemoryError as error: print(error)
+assert torch.equal(small.multiply(ones), expected)
+"""
+    assert in_process(code) == "a kernel could not allocate its workspace"
 
 
 def test_without_kernels_the_ops_say_so_and_run() -> None:

@@ -5,6 +5,8 @@ import gc
 import mmap
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -75,3 +77,22 @@ def test_a_process_that_keeps_its_memory_gets_few_new_pages_from_the_system() ->
 
     given_back = new_pages(KEEPING.replace("assert keep_freed()", "assert True"))
     assert given_back > 4 * 2**26 // mmap.PAGESIZE // 2 and new_pages(KEEPING) < given_back // 10
+
+
+def test_threads_that_pack_at_once_get_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new chunk takes long: who asks meanwhile waits for it, and no piece of any is lost or given twice."""
+    real, sizes = memory.mapped, []
+
+    def slow(size: int) -> memory.Bytes:
+        sizes.append(size)
+        time.sleep(0.05)
+        return real(size)
+
+    monkeypatch.setattr(memory, "mapped", slow)
+    arena = memory.Arena()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(arena.room, [memory.CHUNK // 2] * 8))
+    for i, tensor in enumerate(found):
+        tensor.fill_(i)
+    assert [tensor.unique().tolist() for tensor in found] == [[i] for i in range(8)]
+    assert sizes == [memory.CHUNK] * 4

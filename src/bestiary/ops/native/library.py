@@ -19,7 +19,7 @@ from bestiary.errors import UsageError
 from bestiary.ops.native import memory
 
 VARIABLE = "BESTIARY_KERNELS"
-VERSION = 5
+VERSION = 6
 """Of the C interface: raised, here and in csrc/kernels.cpp, with each change of a name, an argument or a struct."""
 FOLDER = Path(__file__).parent
 SETS = {"avx512": ("AVX512",), "avx2": ("AVX2", "AVX512"), "neon": ("DEFAULT", "NEON")}
@@ -64,7 +64,7 @@ KERNELS = {
     "norm_backward": "pp",
     "cross_entropy": "p",
 }
-"""Functions that compute."""
+"""Functions that compute, and return whether memory ran out."""
 
 
 @functools.cache
@@ -104,16 +104,24 @@ def _loaded(path: Path) -> ctypes.CDLL:
     library.bestiary_version.restype = ctypes.c_int64
     if library.bestiary_version() != VERSION:
         raise OSError("it is of another version: install the package again")
-    for functions, result in ((SIZES, ctypes.c_int64), (KERNELS, None)):
-        for name, arguments in functions.items():
-            function = getattr(library, f"bestiary_{name}")
-            function.restype, function.argtypes = result, [_TYPES[kind] for kind in arguments]
+    for name, arguments in (SIZES | KERNELS).items():
+        function = getattr(library, f"bestiary_{name}")
+        function.argtypes = [_TYPES[kind] for kind in arguments]
+        function.restype = ctypes.c_int64 if name in SIZES else ctypes.c_int
+        if name in KERNELS:
+            function.errcheck = _succeeded
     return library
 
 
 def selected() -> str:
     """What BESTIARY_KERNELS asks for; empty for the best."""
     return os.environ.get(VARIABLE, "").strip().lower()
+
+
+def _succeeded(status: int | None, function: Any, arguments: Any) -> None:
+    """One clear error where a kernel had no memory; Python and all that it holds go on."""
+    if status:
+        raise MemoryError("a kernel could not allocate its workspace")
 
 
 def kernel(name: str) -> Any:

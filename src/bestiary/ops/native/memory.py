@@ -100,14 +100,15 @@ class Arena:
     """Memory for packed weights, which live as long as their model: pieces of large chunks."""
 
     def __init__(self) -> None:
-        self.rest = np.empty(0, np.uint8)
+        self.rest, self.lock = np.empty(0, np.uint8), threading.Lock()
 
     def room(self, size: int) -> Tensor:
         """So many bytes, at the start of a cache line; a chunk lives as long as what was given of it."""
         whole = -(-size // 64) * 64
-        if len(self.rest) < whole:
-            self.rest = mapped(max(whole, CHUNK))
-        found, self.rest = self.rest[:size], self.rest[whole:]
+        with self.lock:
+            if len(self.rest) < whole:
+                self.rest = mapped(max(whole, CHUNK))
+            found, self.rest = self.rest[:size], self.rest[whole:]
         return torch.from_numpy(found)
 
 
