@@ -4,7 +4,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -62,17 +61,15 @@ def main() -> int:
         environment = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         environment |= NARROW if arguments.forbid_avx512 else {}
         about = {
-            "date": date.today().isoformat(),
             "bestiary": bestiary.__version__,
             "torch": torch.__version__,
             "peers": _versions(PEERS),
             "processor": _processor(),
             "kernels": "AVX-512 forbidden, by " + _spelled(NARROW) if arguments.forbid_avx512 else load()[1],
-            "threads": torch.get_num_threads(),
-            "rounds": arguments.rounds,
         }
         wide, narrow = arguments.folder / "results.jsonl", arguments.folder / "avx2.jsonl"
-        path, start, source = narrow if arguments.forbid_avx512 else wide, time.monotonic(), _source()
+        path = narrow if arguments.forbid_avx512 else wide
+        source = f"{_source()}, {date.today().isoformat()}, {threads} threads"
         done = {result.work: [] for result in read(path)[1]} if path.exists() else {}
         for result in read(path)[1] if path.exists() else ():
             done[result.work].append(result)  # works that are not run now stay as they are
@@ -80,7 +77,6 @@ def main() -> int:
             with children(group, work, environment) as runs:
                 found = measure(work, runs, rounds=arguments.rounds, say=lambda line: print(line, file=sys.stderr))
             done[work.name] = [replace(result, source=source) for result in found]
-            about["minutes"] = round((time.monotonic() - start) / 60, 1)
             order = [work.name for _, work in _chosen(())]
             results = [result for name in sorted(done, key=order.index) for result in done[name]]
             write(results, about, path)  # after each: an interruption loses one work

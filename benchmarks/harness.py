@@ -1,8 +1,9 @@
 """Contenders take turns, round after round, each in a process of its own: what disturbs one disturbs all.
 
-Each round asks every contender once, in an order that turns by one from round to round, and pauses in between, so that
-threads that wait in one process do not take time from the next. What is reported: the median of the rounds with the
-least and the most, and for each peer the median over rounds of (its time / ours), with the range.
+Each round asks every contender once, for a fifth of a second at least (benchmarks/child.py), in an order that turns by
+one from round to round, and pauses in between, so that threads that wait in one process do not take time from the next.
+What is reported: the median of the rounds with the least and the most, and for each peer the median over rounds of
+(its time / ours), with the range.
 """
 
 import json
@@ -85,18 +86,18 @@ class Result:
     per: float = 0.0
     unit: str = ""
     source: str = ""
-    """Of which sources of ours this is a result."""
+    """Of which sources of ours this is a result, when, and on how many threads."""
     computes_with: str = ""
 
 
 class Child:
-    """A contender in a process of its own: `python -m benchmarks.child GROUP WORK CONTENDER`.
+    """A contender in a process of its own: `python -m benchmarks.child GROUP WORK CONTENDER`, or another such module.
 
     `wait` until it is ready; then `run` it.
     """
 
-    def __init__(self, group: str, work: str, contender: str, environment: dict[str, str]):
-        command = [sys.executable, "-m", "benchmarks.child", group, work, contender]
+    def __init__(self, arguments: list[str], environment: dict[str, str], module: str = "benchmarks.child"):
+        command = [sys.executable, "-m", module, *arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
         )
@@ -112,6 +113,10 @@ class Child:
 
     def run(self) -> float:
         """One round."""
+        return float(self.ask())
+
+    def ask(self) -> str:
+        """One round, and all that is said of it."""
         assert self.process.stdin is not None
         try:
             print("go", file=self.process.stdin, flush=True)
@@ -121,7 +126,7 @@ class Child:
         if word != "took":
             self.close()
             raise Missing(rest or f"it ended, with {self.process.returncode}")
-        return float(rest)
+        return rest
 
     def close(self) -> None:
         """End it."""
@@ -142,7 +147,7 @@ def children(group: str, work: Work, environment: dict[str, str]) -> Iterator[di
     found: dict[str, Child | Missing] = {}
     try:
         for name in work.contenders:
-            found[name] = child = Child(group, work.name, name, environment)
+            found[name] = child = Child([group, work.name, name], environment)
             try:
                 child.wait()
             except Missing as error:

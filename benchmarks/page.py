@@ -25,14 +25,20 @@ def page(main: Path, narrow: Path | None = None) -> str:
     ]
     lines += [f"- {key}: {value}" for key, value in about.items()]
     if narrow:
-        lines += ["- the last column is another run, with AVX-512 forbidden to all that can be told:"]
-        lines += [f"  {other.get('kernels', '')}, {other.get('date', '')}"]
+        lines += [f"- the last column is another run: {other.get('kernels', '')}"]
     works = dict.fromkeys(result.work for result in results)
     for work in works:
         rows = [result for result in results if result.work == work]
-        lines += ["", f"## {rows[0].title}", "", *([f"Sources {rows[0].source}.", ""] if rows[0].source else []), HEAD]
+        again = [result for result in others if result.work == work]
+        origin = _origin(rows) + (f" Last column: {_origin(again)}" if again else "")
+        lines += ["", f"## {rows[0].title}", "", origin, "", HEAD]
         lines += [_row(result, ratios.get((work, result.contender))) for result in rows]
     return "\n".join(lines) + "\n"
+
+
+def _origin(results: list[Result]) -> str:
+    """Of which sources results are, and how many rounds there were."""
+    return f"Sources {results[0].source or 'unknown'}, {max(len(result.values) for result in results)} rounds."
 
 
 def _row(result: Result, narrow: Result | None) -> str:

@@ -3,6 +3,7 @@
 A contender's `prepare` runs in a process of its own (benchmarks/child.py) and returns what one round runs.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,9 @@ from benchmarks.harness import Contender, Missing, Run, Work
 from benchmarks.peers import LAYERS, VOCABULARY, WIDTH
 from bestiary import LanguageModel, ModelConfig, ops, state
 from bestiary.mixers.attention import Attention
+from bestiary.models.packing import PackedLinear
 from bestiary.ops.native import load
+from bestiary.ops.native.matvec import PackedMatrix
 
 STEPS = 16
 """Tokens of one round of decoding."""
@@ -64,6 +67,7 @@ def decode() -> list[Work]:
         contenders = {
             f"bestiary {ours}": Contender(lambda ours=ours: stepper(packed(ours))),
             f"llama.cpp {theirs}": Contender(lambda theirs=theirs: _llama_steps(theirs), target),
+            "our products alone, as one matrix": Contender(lambda ours=ours: _products(ours)),
         }
         if ours == "fp32":
             contenders["bestiary, not packed"] = Contender(lambda: stepper(model()))
@@ -72,6 +76,19 @@ def decode() -> list[Work]:
                 contenders[f"transformers {kind}"] = Contender(lambda kind=kind: _transformers_steps(kind))
         found.append(Work(f"decode-{ours}", f"Decode, batch 1, {ours}", contenders, STEPS))
     return found
+
+
+def _products(weights: str) -> Run:
+    """A matrix with as many numbers as a step multiplies with: what it costs to read them, nearly."""
+    net = packed(weights)
+    count = sum(math.prod(module.matrix.shape) for module in net.modules() if isinstance(module, PackedLinear))
+    matrix, x = PackedMatrix(torch.randn(count // WIDTH, WIDTH), weights), torch.randn(1, WIDTH)
+
+    def run() -> None:
+        for _ in range(STEPS):
+            matrix.multiply(x)
+
+    return run
 
 
 def _llama_steps(form: str) -> Run:
@@ -178,15 +195,17 @@ def train() -> list[Work]:
     found = []
     for name, half, target in (("fp32", False, 5.0), ("bf16", True, 7.0)):
         contenders = {
-            f"bestiary {name}": Contender(lambda half=half: _ours_step(PROMPT, half=half)),
-            "mambapy fp32": Contender(_mambapy_train, target),
+            f"bestiary {name}": Contender(lambda half=half: training_step(f"mamba*{LAYERS}", PROMPT, half=half)),
+            "mambapy fp32": Contender(lambda: _mambapy_train(half=False), target),
         }
+        if half:
+            contenders["mambapy bf16"] = Contender(lambda: _mambapy_train(half=True))
         title = f"Training step, {LAYERS} layers, {PROMPT} tokens, {name}"
         found.append(Work(f"train-{name}", title, contenders, PROMPT, most_rounds=3))
-    for time, share, target in ((512, 1, 1.0), (2048, 3, 1.3), (8192, 6, 2.5)):
+    for time, share, target in ((512, 1, 1.0), (2048, 1, 1.3), (8192, 2, 2.5)):
         layers = LAYERS // share
         contenders = {
-            "bestiary mamba": Contender(lambda time=time, layers=layers: _ours_step(time, layers)),
+            "bestiary mamba": Contender(lambda time=time, layers=layers: training_step(f"mamba*{layers}", time)),
             "transformers GPTNeoX, SDPA": Contender(
                 lambda time=time, layers=layers: _neox_step(time, layers // 2), target
             ),
@@ -207,8 +226,9 @@ def _step(parameters: Any, loss: Callable[[], Tensor]) -> Run:
     return run
 
 
-def _ours_step(time: int, layers: int = LAYERS, *, half: bool = False) -> Run:
-    net, tokens = model(f"mamba*{layers}").train(), torch.randint(VOCABULARY, (1, time + 1))
+def training_step(layout: str, time: int, *, half: bool = False) -> Run:
+    """Loss and gradients of one of ours, in fp32 or by bf16 autocast."""
+    net, tokens = model(layout).train(), torch.randint(VOCABULARY, (1, time + 1))
 
     def loss() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -222,12 +242,13 @@ def _neox_step(time: int, layers: int) -> Run:
     return _step(net.parameters(), lambda: net(tokens, labels=tokens, use_cache=False).loss)
 
 
-def _mambapy_train() -> Run:
+def _mambapy_train(*, half: bool) -> Run:
     embedding, layers, head = modules = peers.mambapy()
     tokens = torch.randint(VOCABULARY, (1, PROMPT + 1))
 
     def loss() -> Tensor:
-        return F.cross_entropy(head(layers(embedding(tokens[:, :-1])))[0], tokens[0, 1:])
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return F.cross_entropy(head(layers(embedding(tokens[:, :-1])))[0], tokens[0, 1:])
 
     return _step(modules.parameters(), loss)
 

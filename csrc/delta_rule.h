@@ -11,8 +11,6 @@
 // over panels: each has a part of its own.
 #pragma once
 
-#include <utility>
-
 #include "parallel.h"
 
 extern "C" {
@@ -200,27 +198,6 @@ void forward(const Delta& d, const Panel& u, float* buffer) {
     }
   }
   scatter<P>(S, d, u, d.after + head * d.keys * d.values);
-}
-
-// Two vectors of blocks of B lanes become one, whose blocks hold the sums of halves of the first's, then of the second's.
-template <int B>
-constexpr int stays(int lane) { return lane % B < B / 2 ? lane : W + lane; }
-template <int B>
-constexpr int comes(int lane) { return lane % B < B / 2 ? lane + B / 2 : W + lane - B / 2; }
-template <int B, int... L>
-inline vf fold(vf x, vf y, std::integer_sequence<int, L...>) {
-  return __builtin_shufflevector(x, y, stays<B>(L)...) + __builtin_shufflevector(x, y, comes<B>(L)...);
-}
-// The sum of each of W vectors, one a lane; overwrites them.
-template <int B = W>
-inline vf sums(vf* x) {
-  if constexpr (B == 1) {
-    return x[0];
-  } else {
-#pragma GCC unroll 8
-    for (int j = 0; j < B / 2; j++) x[j] = fold<B>(x[j], x[j + B / 2], std::make_integer_sequence<int, W>());
-    return sums<B / 2>(x);
-  }
 }
 
 // Where the gradients of one step's key channels go.

@@ -9,8 +9,6 @@
 // what has faded at each step, and comes back with the gradient of the memory in registers.
 #pragma once
 
-#include <utility>
-
 #include "parallel.h"
 
 extern "C" {
@@ -252,24 +250,6 @@ void forward(const LinearAttention& s) {
   });
 }
 
-// The sums of W vectors that follow each other: a vector. Halves are folded onto each other, two vectors at a time.
-template <int H, int... I>
-inline vf fold(vf a, vf b, std::integer_sequence<int, I...>) {
-  return __builtin_shufflevector(a, b, (I % (2 * H) < H ? I : I - H + W)...) +
-         __builtin_shufflevector(a, b, (I % (2 * H) < H ? I + H : I + W)...);
-}
-template <int H>
-inline void folds(vf* x) {
-  for (int i = 0; i < H; i++) x[i] = fold<H>(x[i], x[i + H], std::make_integer_sequence<int, W>());
-  if constexpr (H > 1) folds<H / 2>(x);
-}
-inline vf sums(const float* p) {
-  vf x[W];
-  for (int i = 0; i < W; i++) x[i] = load(p + i * W);
-  folds<W / 2>(x);
-  return x[0];
-}
-
 // What going back through a chunk needs beside what it reads.
 struct Back {
   float *dy, *dv;        // (T, width): gradients of what is read, and of v
@@ -361,7 +341,11 @@ inline void back(const Chunk& x, const Back& r, i64 i, i64 j, float* G) {
 inline void gather(const float* from, int n, i64 i, float* to, i64 size) {
   float found[T * ROWS];
   static_assert(T * ROWS % W == 0);
-  for (int a = 0; a < n * ROWS; a += W) store(found + a, sums(from + a * W));
+  for (int a = 0; a < n * ROWS; a += W) {
+    vf x[W];
+    for (int k = 0; k < W; k++) x[k] = load(from + (a + k) * W);
+    store(found + a, sums(x));
+  }
   for (int t = 0; t < n; t++) std::memcpy(to + t * size + i, found + t * ROWS, 4 * ROWS);
 }
 

@@ -322,43 +322,57 @@ inline void lay(const Matrix& m, i64 count, const float* x, i64 x_row, bool pair
     }
 }
 
-// Many rows: for each panel and block of inputs, all rows, 8 at a time; what is beyond the last row is computed as zero.
-inline void multiply_many(const Matrix& m, i64 rows, const float* x, i64 x_row, float* y, i64 y_row) {
-  const i64 pieces = (rows + ROWS - 1) / ROWS, length = (m.inputs + 1) / 2 * 2 * ROWS, work = rows * m.outputs * m.inputs;
-  const bool pairs = m.format == 1 && pairs_at_once();
-  Buffer buffer(pieces * length);
-  float* given = buffer;
-  parallel(pieces, work, 0, [&](float*, i64 i) {
-    float* to = given + i * length;
-    if (piece_rows(rows, i * ROWS) < ROWS) std::memset(to, 0, length * 4);
-    lay(m, piece_rows(rows, i * ROWS), x + i * ROWS * x_row, x_row, pairs, to);
-  });
-  parallel(panels(m.outputs), work, BLOCK * P + pieces * ROWS * P, [&](float* own, i64 panel) {
-    float *block = own, *sums = own + BLOCK * P;
-    const char* data = static_cast<const char*>(m.data) + panel * panel_bytes(m.format, m.inputs);
-    std::memset(sums, 0, pieces * ROWS * P * 4);
-    for (i64 first = 0; first < m.inputs; first += BLOCK) {
-      const i64 count = m.inputs - first < BLOCK ? m.inputs - first : BLOCK;
+inline bool in_pairs(const Matrix& m) { return m.format == 1 && pairs_at_once(); }
+
+// Many rows in pieces of eight, each (inputs, 8): how many, the numbers of one, and what a panel needs beside them.
+inline i64 pieces(i64 rows) { return (rows + ROWS - 1) / ROWS; }
+inline i64 piece_length(const Matrix& m) { return (m.inputs + 1) / 2 * 2 * ROWS; }
+inline i64 own_numbers(i64 rows) { return BLOCK * P + pieces(rows) * ROWS * P; }
+
+inline void lay_piece(const Matrix& m, i64 piece, i64 rows, const float* x, i64 x_row, float* given) {
+  float* to = given + piece * piece_length(m);
+  if (piece_rows(rows, piece * ROWS) < ROWS) std::memset(to, 0, piece_length(m) * 4);
+  lay(m, piece_rows(rows, piece * ROWS), x + piece * ROWS * x_row, x_row, in_pairs(m), to);
+}
+
+// A panel and many rows: for each block of inputs, all rows, 8 at a time; what is beyond the last row is computed as zero.
+inline void many_panel(const Matrix& m, i64 panel, i64 rows, const float* given, float* own, float* y, i64 y_row) {
+  const i64 count = pieces(rows), length = piece_length(m);
+  float *block = own, *sums = own + BLOCK * P;
+  const char* data = static_cast<const char*>(m.data) + panel * panel_bytes(m.format, m.inputs);
+  std::memset(sums, 0, count * ROWS * P * 4);
+  for (i64 first = 0; first < m.inputs; first += BLOCK) {
+    const i64 inputs = m.inputs - first < BLOCK ? m.inputs - first : BLOCK;
 #if BESTIARY_BF16
-      if (pairs) {
-        for (i64 i = 0; i < pieces; i++)
-          pairs_times<ROWS>(data + first / 2 * P * 4, (count + 1) / 2,
-                            reinterpret_cast<const std::uint32_t*>(given + i * length) + first / 2 * ROWS, sums + i * ROWS * P);
-        continue;
-      }
+    if (in_pairs(m)) {
+      for (i64 i = 0; i < count; i++)
+        pairs_times<ROWS>(data + first / 2 * P * 4, (inputs + 1) / 2,
+                          reinterpret_cast<const std::uint32_t*>(given + i * length) + first / 2 * ROWS, sums + i * ROWS * P);
+      continue;
+    }
 #endif
-      const float* wide = reinterpret_cast<const float*>(data) + first * P;
-      if (m.format) widen(m, panel, first, count, block), wide = block;
-      for (i64 i = 0; i < pieces; i++)
-        block_times<ROWS>(wide, count, given + i * length + first * ROWS, sums + i * ROWS * P);
-    }
-    for (int v = 0; v < V; v++) {
-      const i64 n = panel * P + v * W, rest = m.outputs - n;
-      if (rest <= 0) return;
-      const int lanes = static_cast<int>(rest < W ? rest : W);
-      vf scale = m.format == 2 ? load(m.scales + n) : all(1.0f), bias = m.bias ? load(m.bias + n, lanes) : vf{};
-      for (i64 r = 0; r < rows; r++) store(y + r * y_row + n, load(sums + r * P + v * W) * scale + bias, lanes);
-    }
+    const float* wide = reinterpret_cast<const float*>(data) + first * P;
+    if (m.format) widen(m, panel, first, inputs, block), wide = block;
+    for (i64 i = 0; i < count; i++)
+      block_times<ROWS>(wide, inputs, given + i * length + first * ROWS, sums + i * ROWS * P);
+  }
+  for (int v = 0; v < V; v++) {
+    const i64 n = panel * P + v * W, rest = m.outputs - n;
+    if (rest <= 0) return;
+    const int lanes = static_cast<int>(rest < W ? rest : W);
+    vf scale = m.format == 2 ? load(m.scales + n) : all(1.0f), bias = m.bias ? load(m.bias + n, lanes) : vf{};
+    for (i64 r = 0; r < rows; r++) store(y + r * y_row + n, load(sums + r * P + v * W) * scale + bias, lanes);
+  }
+}
+
+inline void multiply_many(const Matrix& m, i64 rows, const float* x, i64 x_row, float* y, i64 y_row) {
+  const i64 work = rows * m.outputs * m.inputs;
+  Buffer buffer(pieces(rows) * piece_length(m));
+  if (buffer.missing()) return;
+  float* given = buffer;
+  parallel(pieces(rows), work, 0, [&](float*, i64 i) { lay_piece(m, i, rows, x, x_row, given); });
+  parallel(panels(m.outputs), work, own_numbers(rows), [&](float* own, i64 panel) {
+    many_panel(m, panel, rows, given, own, y, y_row);
   });
 }
 
@@ -366,6 +380,7 @@ void multiply(const Matrix& m, i64 rows, const float* x, i64 x_row, float* y, i6
   if (rows >= MANY) return multiply_many(m, rows, x, x_row, y, y_row);
   const i64 length = groups(m.inputs) * GROUP;
   Buffer buffer(rows * length);
+  if (buffer.missing()) return;
   float* given = buffer;
   interleave(m, rows, x, x_row, given);
   parallel(panels(m.outputs), rows * m.outputs * m.inputs, 0, [&](float*, i64 panel) {
@@ -392,21 +407,24 @@ void pack(const Matrix& m, const float* w, char* to, float* scales) {
         for (i64 k = 0; k < (m.inputs + 1) / 2 * 2; k++)
           reinterpret_cast<std::uint16_t*>(data)[(k / 2 * P + j) * 2 + (k & 1)] = to_bf16(at(m, w, n, k));
       if (m.format == 2) {
-        float most = 0;
-        for (i64 k = 0; k < m.inputs; k++) most = std::fmax(most, std::fabs(at(m, w, n, k)));
-        scales[n] = most / 127;
-        const float by = most > 0 ? 127 / most : 0.0f;
+        float most = 0, bad = 0;  // NaN where a weight is NaN or infinite: then the scale is, and so all that is computed of it
+        for (i64 k = 0; k < m.inputs; k++) most = std::fmax(most, std::fabs(at(m, w, n, k))), bad += at(m, w, n, k) * 0.0f;
+        scales[n] = most / 127 + bad;
+        const float by = most > 0 && bad == 0 ? 127 / most : 0.0f;
         for (i64 k = 0; k < m.inputs; k++) data[k * P + j] = static_cast<char>(nearest(at(m, w, n, k) * by, -127, 127));
       }
       if (m.format == 3)
         for (i64 g = 0; g < groups(m.inputs); g++) {
           char* group = data + g * (GROUP * P / 2 + P * 2);
-          float most = 0;  // the entry of largest size, with its sign: it becomes -8
-          for (i64 k = g * GROUP; k < (g + 1) * GROUP; k++)
-            if (std::fabs(at(m, w, n, k)) > std::fabs(most)) most = at(m, w, n, k);
-          const std::uint16_t scale = to_bf16(most / -8);
+          float most = 0, bad = 0;  // the entry of largest size, with its sign: it becomes -8; NaN as in format 2
+          for (i64 k = g * GROUP; k < (g + 1) * GROUP; k++) {
+            const float x = at(m, w, n, k);
+            if (std::fabs(x) > std::fabs(most)) most = x;
+            bad += x * 0.0f;
+          }
+          const std::uint16_t scale = to_bf16(most / -8 + bad);
           reinterpret_cast<std::uint16_t*>(group + GROUP * P / 2)[j] = scale;
-          const float size = from_bf16(scale), by = size != 0 ? 1 / size : 0.0f;
+          const float size = from_bf16(scale), by = size != 0 && bad == 0 ? 1 / size : 0.0f;
           for (int k = 0; k < GROUP / 2; k++) {
             const i64 first = g * GROUP + 2 * k;
             const int low = nearest(at(m, w, n, first) * by, -8, 7) + 8, high = nearest(at(m, w, n, first + 1) * by, -8, 7) + 8;
@@ -417,26 +435,31 @@ void pack(const Matrix& m, const float* w, char* to, float* scales) {
   });
 }
 
-// The packed weights of outputs first ... first + count - 1 as numbers again, (count, inputs).
-void unpack(const Matrix& m, i64 first, i64 count, float* w) {
-  parallel(count, count * m.inputs, 0, [&](float*, i64 i) {
-    const i64 n = first + i;
-    const char* data = static_cast<const char*>(m.data) + n / P * panel_bytes(m.format, m.inputs);
-    const int j = static_cast<int>(n % P);
-    for (i64 k = 0; k < m.inputs; k++) {
-      float value;
-      if (m.format == 0) value = reinterpret_cast<const float*>(data)[k * P + j];
-      else if (m.format == 1) value = from_bf16(reinterpret_cast<const std::uint16_t*>(data)[(k / 2 * P + j) * 2 + (k & 1)]);
-      else if (m.format == 2) value = static_cast<float>(static_cast<signed char>(data[k * P + j])) * m.scales[n];
-      else {
-        const char* group = data + k / GROUP * (GROUP * P / 2 + P * 2);
-        const int both = static_cast<unsigned char>(group[k % GROUP / 2 * P + j]);
-        const float scale = from_bf16(reinterpret_cast<const std::uint16_t*>(group + GROUP * P / 2)[j]);
-        value = static_cast<float>((k & 1 ? both >> 4 : both & 15) - 8) * scale;
-      }
-      w[i * m.inputs + k] = value;
+// The packed weights of output n as numbers again: (inputs).
+inline void unpack_one(const Matrix& m, i64 n, float* w) {
+  const char* data = static_cast<const char*>(m.data) + n / P * panel_bytes(m.format, m.inputs);
+  const int j = static_cast<int>(n % P);
+  for (i64 k = 0; k < m.inputs; k++) {
+    float value;
+    if (m.format == 0) value = reinterpret_cast<const float*>(data)[k * P + j];
+    else if (m.format == 1) value = from_bf16(reinterpret_cast<const std::uint16_t*>(data)[(k / 2 * P + j) * 2 + (k & 1)]);
+    else if (m.format == 2) value = static_cast<float>(static_cast<signed char>(data[k * P + j])) * m.scales[n];
+    else {
+      const char* group = data + k / GROUP * (GROUP * P / 2 + P * 2);
+      const int both = static_cast<unsigned char>(group[k % GROUP / 2 * P + j]);
+      const float scale = from_bf16(reinterpret_cast<const std::uint16_t*>(group + GROUP * P / 2)[j]);
+      value = static_cast<float>((k & 1 ? both >> 4 : both & 15) - 8) * scale;
     }
-  });
+    w[k] = value;
+  }
+}
+
+// Those of outputs first ... first + count - 1, or of the outputs that `which` names: (count, inputs).
+void unpack(const Matrix& m, i64 first, i64 count, float* w) {
+  parallel(count, count * m.inputs, 0, [&](float*, i64 i) { unpack_one(m, first + i, w + i * m.inputs); });
+}
+void gather(const Matrix& m, i64 count, const i64* which, float* w) {
+  parallel(count, count * m.inputs, 0, [&](float*, i64 i) { unpack_one(m, which[i], w + i * m.inputs); });
 }
 
 }  // namespace matvec

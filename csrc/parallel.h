@@ -13,16 +13,21 @@
 
 namespace {
 
-// A buffer of floats for one thread, aligned to a cache line; empty, not initialised.
+// Whether memory ran out in what this thread called: what it computed is then worthless.
+thread_local bool exhausted = false;
+
+// A buffer of floats for one thread, aligned to a cache line; not initialised. Where there is no memory, `missing` says so,
+// and `exhausted` in the thread that asked for it.
 class Buffer {
  public:
   explicit Buffer(i64 count) : data_(static_cast<float*>(std::aligned_alloc(64, (count * 4 + 63) / 64 * 64 + 64))) {
-    if (!data_) std::abort();
+    if (!data_) exhausted = true;
   }
   ~Buffer() { std::free(data_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   operator float*() { return data_; }
+  bool missing() const { return !data_; }
 
  private:
   float* data_;
@@ -32,6 +37,7 @@ class Buffer {
 template <class Body>
 void parallel(i64 count, i64 work, i64 floats, Body body) {
   int threads = 1;
+  bool short_of = false;
 #ifdef _OPENMP
   if (work > 1 << 16) threads = omp_get_max_threads();
   if (threads > count) threads = count < 1 ? 1 : static_cast<int>(count);
@@ -39,11 +45,27 @@ void parallel(i64 count, i64 work, i64 floats, Body body) {
 #endif
   {
     Buffer buffer(floats);
+    if (buffer.missing()) {
+#ifdef _OPENMP
+#pragma omp atomic write
+#endif
+      short_of = true;
+    }
 #ifdef _OPENMP
 #pragma omp for schedule(static)
 #endif
-    for (i64 i = 0; i < count; i++) body(static_cast<float*>(buffer), i);
+    for (i64 i = 0; i < count; i++)
+      if (!buffer.missing()) body(static_cast<float*>(buffer), i);
   }
+  if (short_of) exhausted = true;
+}
+
+// What a kernel returns: 0, or 1 where memory ran out.
+template <class Body>
+int status(Body body) {
+  exhausted = false;
+  body();
+  return exhausted;
 }
 
 }  // namespace

@@ -34,10 +34,11 @@ struct Program {
 
 namespace program {
 
-enum Op { UNARY, BINARY, LERP, REDUCE, LAYER_NORM, PRODUCT, BATCHED, CONVOLUTION, SCAN, LINEAR, DELTA, WKV, ATTEND, ADVANCE, ROTATE };
+enum Op { UNARY, BINARY, LERP, REDUCE, LAYER_NORM, PRODUCT, BATCHED, CONVOLUTION, SCAN, LINEAR, DELTA, WKV, ATTEND,
+          ADVANCE, ROTATE, GATHER, FENWICK };
 enum Unary { COPY, NEG, EXP, SIGMOID, SILU, TANH, RELU, SOFTPLUS, LOG_SIGMOID, GELU, GELU_TANH, ELU, SQRT, RSQRT, RECIPROCAL,
              ABS, LOG, EXPM1, SIN, COS, AFFINE, SQUARE, CLAMP };
-enum Binary { ADD, SUB, MUL, DIV, MAX, MIN };
+enum Binary { ADD, SUB, MUL, DIV, MAX, MIN, TURN };
 enum Reduction { SUM, MEAN, LARGEST, LENGTH };
 
 struct View {
@@ -119,6 +120,18 @@ inline vf unary(i64 which, vf x, float a, float b) {
   }
 }
 
+// The sum of two angles, from 0 to 2 pi: in double precision, since it goes on from step to step.
+inline vf turned(vf x, vf y) {
+  constexpr double whole = 6.283185307179586;
+  float a[W], b[W];
+  store(a, x), store(b, y);
+  for (int i = 0; i < W; i++) {
+    const double angle = std::fmod(static_cast<double>(a[i]) + b[i], whole);
+    a[i] = static_cast<float>(angle < 0 ? angle + whole : angle);
+  }
+  return load(a);
+}
+
 inline vf binary(i64 which, vf x, vf y, float a) {
   switch (which) {
     case ADD: return x + a * y;
@@ -126,6 +139,7 @@ inline vf binary(i64 which, vf x, vf y, float a) {
     case MUL: return x * y;
     case DIV: return x / y;
     case MAX: return x != x ? x : larger(x, y);
+    case TURN: return turned(x, y);
     default: return x != x ? x : smaller(x, y);
   }
 }
@@ -212,11 +226,17 @@ inline void layer_norm(const Run& run, const Instruction& i) {
 
 inline i64 padded(i64 n) { return matvec::groups(n) * matvec::GROUP; }
 
-// y (rows, outputs) = W x: panels are shared.
+// y (rows, outputs) = W x: panels are shared. Where matvec::multiply rounds x to bf16, so does this.
 inline void product(const Run& run, const Instruction& i) {
   const Matrix& m = *i.matrix;
   const View y = run.view(i, 0), x = run.view(i, 1);
   const i64 rows = i.shape[0], all = matvec::panels(m.outputs), length = padded(m.inputs);
+  if (rows >= matvec::MANY && matvec::in_pairs(m)) {
+    float* own = run.scratch + matvec::pieces(rows) * matvec::piece_length(m);
+    for (i64 i = 0; i < matvec::pieces(rows); i++) matvec::lay_piece(m, i, rows, x.data, x.stride[0], run.scratch);
+    for (i64 p = run.from(all); p < run.to(all); p++) matvec::many_panel(m, p, rows, run.scratch, own, y.data, y.stride[0]);
+    return;
+  }
   const float* given = x.data;
   if (rows > 1 || m.inputs % matvec::GROUP) {
     matvec::interleave(m, rows, x.data, x.stride[0], run.scratch);
@@ -473,6 +493,54 @@ inline void attend(const Run& run, const Instruction& i) {
   }
 }
 
+// A memory for each scale of the past, as in a Fenwick tree: level l is of the 2^(l-1) steps that bit l-1 of the position
+// stands for, the last level of all older ones; where the bit is 0 it holds zeros. The step, and the levels of the 1s at the
+// position's end, become one: a carry.
+// shape: rows, heads, keys, values. number: levels, region of the positions (int64). real: scale.
+// Operands: o, new S; q, k, v, log-decay, weights (of the step itself, then of the levels), S by rows, levels, heads, keys.
+inline void fenwick(const Run& run, const Instruction& i) {
+  const View o = run.view(i, 0), after = run.view(i, 1), q = run.view(i, 2), k = run.view(i, 3), v = run.view(i, 4),
+             g = run.view(i, 5), weight = run.view(i, 6), before = run.view(i, 7);
+  const i64 heads = i.shape[1], K = i.shape[2], V = i.shape[3], levels = i.number[0], items = i.shape[0] * heads;
+  const i64* positions = static_cast<const i64*>(run.regions[i.number[1]]);
+  for (i64 item = run.from(items); item < run.to(items); item++) {
+    const i64 r = item / heads, h = item % heads, past = positions[r];
+    const auto filled = [&](i64 l) { return l < levels ? past >> (l - 1) & 1 : past >> (l - 1) != 0; };
+    i64 into = 1;
+    while (into < levels && filled(into)) into++;
+    const float *query = q.at(r, h), *key = k.at(r, h), fade = std::exp(*g.at(r, h)), scale = static_cast<float>(i.real[0]);
+    float match = 0, *total = run.scratch;
+    for (i64 n = 0; n < K; n++) match += query[n * q.stride[2]] * key[n * k.stride[2]];
+    match *= *weight.at(r, h, 0);
+    columns(V, [&](i64 c, int lanes) { store(total + c, match * load(v.at(r, h, c), lanes), lanes); });
+    for (i64 l = into + 1; l <= levels; l++) {
+      if (!filled(l) && after.data == before.data) continue;
+      for (i64 n = 0; n < K; n++) {
+        const float *old = before.at(r, l - 1, h, n), share = *weight.at(r, h, l) * query[n * q.stride[2]];
+        float* to = after.at(r, l - 1, h, n);
+        columns(V, [&](i64 c, int lanes) {
+          vf s = filled(l) ? load(old + c, lanes) * fade : vf{};
+          store(to + c, s, lanes);
+          store(total + c, load(total + c, lanes) + share * s, lanes);
+        });
+      }
+    }
+    for (i64 n = 0; n < K; n++)
+      columns(V, [&](i64 c, int lanes) {
+        vf s = key[n * k.stride[2]] * load(v.at(r, h, c), lanes), read = {};
+        for (i64 l = 1; l <= into; l++) {
+          if (filled(l)) {
+            vf old = load(before.at(r, l - 1, h, n) + c, lanes) * fade;
+            s += old, read += *weight.at(r, h, l) * old;
+          }
+          store(after.at(r, l - 1, h, n) + c, l < into ? vf{} : s, lanes);
+        }
+        store(total + c, load(total + c, lanes) + query[n * q.stride[2]] * read, lanes);
+      });
+    columns(V, [&](i64 c, int lanes) { store(o.at(r, h, c), load(total + c, lanes) * scale, lanes); });
+  }
+}
+
 // A step more. shape: rows. number: regions of the positions and of the new ones.
 inline void advance(const Run& run, const Instruction& i) {
   const i64* positions = static_cast<const i64*>(run.regions[i.number[0]]);
@@ -501,6 +569,14 @@ inline void rotate(const Run& run, const Instruction& i) {
   }
 }
 
+// y[..., n] = x[..., index[n]]. Operands: y, x, whole 64-bit numbers in one piece.
+inline void gather(const Run& run, const Instruction& i) {
+  const i64* index = reinterpret_cast<const i64*>(run.view(i, 2).data);
+  along<2>(run, i, [&](float* const* p, const i64* s) {
+    for (i64 n = 0; n < i.shape[3]; n++) p[0][n * s[0]] = p[1][index[n] * s[1]];
+  });
+}
+
 inline void instruction(const Run& run, const Instruction& i) {
   const float a = static_cast<float>(i.real[0]), b = static_cast<float>(i.real[1]);
   switch (i.op) {
@@ -519,6 +595,8 @@ inline void instruction(const Run& run, const Instruction& i) {
     case ATTEND: return attend(run, i);
     case ADVANCE: return advance(run, i);
     case ROTATE: return rotate(run, i);
+    case GATHER: return gather(run, i);
+    case FENWICK: return fenwick(run, i);
   }
 }
 
@@ -527,6 +605,11 @@ void run(const Program& p, void* const* regions) {
 #ifdef _OPENMP
   threads = omp_get_max_threads();
   if (threads > p.threads) threads = static_cast<int>(p.threads);
+#endif
+  const i64 own = (p.scratch + 15) / 16 * 16;  // whole cache lines, so that no two threads write into one
+  Buffer scratch(threads * own);
+  if (scratch.missing()) return;
+#ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
 #endif
   {
@@ -534,8 +617,8 @@ void run(const Program& p, void* const* regions) {
 #ifdef _OPENMP
     thread = omp_get_thread_num(), count = omp_get_num_threads();
 #endif
-    Buffer scratch(p.scratch);
-    const Run all{p, regions, scratch, thread, count}, alone{p, regions, scratch, 0, 1};
+    float* const mine = scratch + thread * own;
+    const Run all{p, regions, mine, thread, count}, alone{p, regions, mine, 0, 1};
     for (i64 n = 0; n < p.instructions; n++) {
       const Instruction& i = p.list[n];
 #ifdef _OPENMP

@@ -34,6 +34,7 @@ namespace scan {
 
 constexpr int T = 32;      // steps of a chunk
 constexpr int HELD = 16;   // state numbers held in registers at once
+constexpr i64 P = 4;       // blocks of a panel
 constexpr i64 GROUPS = 8;  // of channel blocks, each with a part of dB and dC: fixed, so that sums do not depend on threads
 
 inline i64 blocks(i64 channels) { return (channels + W - 1) / W; }
@@ -55,14 +56,19 @@ inline Place place(const Scan& s, i64 b, i64 j) {
 }
 inline i64 real(const Scan& s, i64 b) { return s.lengths ? s.lengths[b] : s.time; }
 
-inline void read(const Scan& s, const Place& p, i64 t0, int n, Chunk& c) {
+// The same numbers `ahead` steps on, which is before or after this chunk, are wanted soon.
+inline void read(const Scan& s, const Place& p, i64 t0, int n, i64 ahead, Chunk& c) {
   i64 d0 = p.j * W;
   vf bias = s.bias ? load(s.bias + d0, p.lanes) : vf{};
   for (int t = 0; t < n; t++) {
-    vf d = load(s.dt + p.b * s.dt_batch + (t0 + t) * s.dt_time + d0, p.lanes) + bias;
+    const float* dt = s.dt + p.b * s.dt_batch + (t0 + t) * s.dt_time + d0;
+    const float* u = s.u + p.b * s.u_batch + (t0 + t) * s.u_time + d0;
+    soon(dt + ahead * s.dt_time);
+    soon(u + ahead * s.u_time);
+    vf d = load(dt, p.lanes) + bias;
     if (s.softplus) d = softplus(d);
     if (s.gaps) d = d * s.gaps[p.b * s.time + t0 + t];
-    vf x = load(s.u + p.b * s.u_batch + (t0 + t) * s.u_time + d0, p.lanes);
+    vf x = load(u, p.lanes);
     c.d[t] = d;
     c.x[t] = x;
     c.dx[t] = d * x;
@@ -74,6 +80,11 @@ inline void gather(const float* from, i64 states, const Place& p, float* to) {
   for (i64 i = 0; i < states; i++)
     for (int k = 0; k < W; k++) to[i * W + k] = k < p.lanes ? from[(p.j * W + k) * states + i] : 0.0f;
 }
+// The same of A log2(e), for exp2.
+inline void gather_rates(const float* from, i64 states, const Place& p, float* to) {
+  gather(from, states, p, to);
+  for (i64 i = 0; i < states; i++) store(to + i * W, load(to + i * W) * 1.44269504089f);
+}
 inline void scatter(const float* from, i64 states, const Place& p, float* to) {
   for (i64 i = 0; i < states; i++)
     for (int k = 0; k < p.lanes; k++) to[(p.j * W + k) * states + i] = from[i * W + k];
@@ -81,15 +92,16 @@ inline void scatter(const float* from, i64 states, const Place& p, float* to) {
 
 // N state numbers through a chunk: h changes, y gathers C_t . h_t.
 template <int N>
-inline void run(const Chunk& c, int n, const float* B, i64 b_time, const float* C, i64 c_time, const float* A, float* h, vf* y) {
+inline void run(const Chunk& c, int n, const float* B, i64 b_time, const float* C, i64 c_time, const float* rate, float* h,
+                vf* y) {
   vf state[N], a[N];
-  for (int i = 0; i < N; i++) state[i] = load(h + i * W), a[i] = load(A + i * W);
+  for (int i = 0; i < N; i++) state[i] = load(h + i * W), a[i] = load(rate + i * W);
   for (int t = 0; t < n; t++) {
     const float *bt = B + t * b_time, *ct = C + t * c_time;
     vf even = y[t], odd = vf{};
 #pragma GCC unroll 16
     for (int i = 0; i < N; i++) {
-      state[i] = state[i] * exp(c.d[t] * a[i]) + c.dx[t] * bt[i];
+      state[i] = state[i] * exp2(c.d[t] * a[i]) + c.dx[t] * bt[i];
       (i & 1 ? odd : even) += state[i] * ct[i];
     }
     y[t] = even + odd;
@@ -97,73 +109,83 @@ inline void run(const Chunk& c, int n, const float* B, i64 b_time, const float* 
   for (int i = 0; i < N; i++) store(h + i * W, state[i]);
 }
 
-// The same for any number of them, as few pieces as there are sizes.
-template <class Piece>
-inline void pieces(i64 states, Piece piece) {
-  i64 i = 0;
-  for (; i + HELD <= states; i += HELD) piece.template operator()<HELD>(i);
-  if (states - i >= 8) piece.template operator()<8>(i), i += 8;
-  if (states - i >= 4) piece.template operator()<4>(i), i += 4;
-  if (states - i >= 2) piece.template operator()<2>(i), i += 2;
-  if (states - i >= 1) piece.template operator()<1>(i);
+// The same for any number of them: pieces of Most, and for what is left as few as there are sizes.
+template <int Most, class Piece>
+inline void pieces(i64 states, Piece piece, i64 i = 0) {
+  for (; i + Most <= states; i += Most) piece.template operator()<Most>(i);
+  if constexpr (Most > 1) pieces<Most / 2>(states, piece, i);
 }
 
 void forward(const Scan& s) {
-  const i64 nb = blocks(s.channels), nc = chunks(s.time), N = s.states;
-  parallel(s.batch * nb, s.batch * s.time * s.channels * N, 2 * N * W, [&](float* buffer, i64 item) {
-    Place p = place(s, item / nb, item % nb);
-    float *A = buffer, *h = buffer + N * W;
-    gather(s.A, N, p, A);
-    if (s.before) gather(s.before + p.b * s.channels * N, N, p, h);
-    else std::memset(h, 0, 4 * N * W);
-    vf skip = s.D ? load(s.D + p.j * W, p.lanes) : vf{};
-    i64 end = real(s, p.b);
+  const i64 nb = blocks(s.channels), nc = chunks(s.time), N = s.states, np = (nb + P - 1) / P;
+  // One item is a panel of blocks, which take turns within each chunk: what is read and written of a step lies together.
+  parallel(s.batch * np, s.batch * s.time * s.channels * N, P * 2 * N * W, [&](float* buffer, i64 item) {
+    const i64 b = item / np, j0 = item % np * P, j1 = j0 + P < nb ? j0 + P : nb;
+    const i64 end = real(s, b);
+    for (i64 j = j0; j < j1; j++) {
+      Place p = place(s, b, j);
+      float *rate = buffer + (j - j0) * 2 * N * W, *h = rate + N * W;
+      gather_rates(s.A, N, p, rate);
+      if (s.before) gather(s.before + b * s.channels * N, N, p, h);
+      else std::memset(h, 0, 4 * N * W);
+    }
     for (i64 k = 0; k < nc; k++) {
-      i64 t0 = k * T;
-      if (s.starts) std::memcpy(s.starts + ((p.b * nc + k) * nb + p.j) * N * W, h, 4 * N * W);
-      int n = static_cast<int>(end - t0 < T ? (end > t0 ? end - t0 : 0) : T);
-      Chunk c;
-      vf y[T];
-      read(s, p, t0, n, c);
-      for (int t = 0; t < n; t++) y[t] = skip * c.x[t];
-      const float *B = s.B + p.b * s.b_batch + t0 * s.b_time, *C = s.C + p.b * s.c_batch + t0 * s.c_time;
-      pieces(N, [&]<int M>(i64 i) { run<M>(c, n, B + i, s.b_time, C + i, s.c_time, A + i * W, h + i * W, y); });
-      float* out = s.y + (p.b * s.time + t0) * s.channels + p.j * W;
-      for (int t = 0; t < T && t0 + t < s.time; t++) {
-        vf v = t < n ? y[t] : vf{};
-        if (s.z && t < n) v = v * silu(load(s.z + p.b * s.z_batch + (t0 + t) * s.z_time + p.j * W, p.lanes));
-        store(out + t * s.channels, v, p.lanes);
+      const i64 t0 = k * T;
+      const int n = static_cast<int>(end - t0 < T ? (end > t0 ? end - t0 : 0) : T);
+      const float *B = s.B + b * s.b_batch + t0 * s.b_time, *C = s.C + b * s.c_batch + t0 * s.c_time;
+      for (i64 j = j0; j < j1; j++) {
+        Place p = place(s, b, j);
+        float *rate = buffer + (j - j0) * 2 * N * W, *h = rate + N * W;
+        if (s.starts) std::memcpy(s.starts + ((b * nc + k) * nb + j) * N * W, h, 4 * N * W);
+        Chunk c;
+        vf y[T];
+        read(s, p, t0, n, T, c);
+        vf skip = s.D ? load(s.D + j * W, p.lanes) : vf{};
+        for (int t = 0; t < n; t++) y[t] = skip * c.x[t];
+        pieces<HELD>(N, [&]<int M>(i64 i) { run<M>(c, n, B + i, s.b_time, C + i, s.c_time, rate + i * W, h + i * W, y); });
+        float* out = s.y + (b * s.time + t0) * s.channels + j * W;
+        for (int t = 0; t < T && t0 + t < s.time; t++) {
+          soon(out + (t + T) * s.channels);
+          vf v = t < n ? y[t] : vf{};
+          if (s.z && t < n) {
+            const float* z = s.z + b * s.z_batch + (t0 + t) * s.z_time + j * W;
+            soon(z + T * s.z_time);
+            v = v * silu(load(z, p.lanes));
+          }
+          store(out + t * s.channels, v, p.lanes);
+        }
       }
     }
-    scatter(h, N, p, s.after + p.b * s.channels * N);
+    for (i64 j = j0; j < j1; j++) scatter(buffer + (2 * (j - j0) + 1) * N * W, N, place(s, b, j), s.after + b * s.channels * N);
   });
 }
 
-// What the backward pass keeps of a chunk: for each step and state number h before it, exp(d A), and sums for dB and dC.
+// The backward pass takes few state numbers at a time, so that what it keeps of them stays in the nearest cache.
+constexpr int FEW = 4;
+
+// Of N state numbers in a chunk: h before each step and exp(d A), and sums for dB and dC over blocks of channels, not yet
+// over all lanes: one vector for each piece of FEW.
 struct Kept {
-  float *A, *h, *decay, *g, *dA, *dB, *dC;
-  static i64 floats(i64 N) { return N * W * (3 + (T + 1) + 3 * T); }
-  Kept(float* p, i64 N) {
-    A = p, g = A + N * W, dA = g + N * W, h = dA + N * W;
-    decay = h + (T + 1) * N * W, dB = decay + T * N * W, dC = dB + T * N * W;
-  }
+  float *h, *decay, *dB, *dC;
+  static i64 piece(i64 i) { return (i + FEW - 1) / FEW; }  // of those that begin at i: 4 ... 4, 2, 1
+  static i64 sums(i64 N) { return N / FEW + 2; }
+  static i64 floats(i64 N) { return W * (FEW * (2 * T + 1) + 2 * T * sums(N)); }
+  Kept(float* p, i64 N) : h(p), decay(h + (T + 1) * FEW * W), dB(decay + T * FEW * W), dC(dB + T * sums(N) * W) {}
 };
 
 template <int N>
-inline void recompute(const Chunk& c, int n, i64 all, const float* B, i64 b_time, const float* C, i64 c_time, const float* A,
-                      float* h, float* decay, vf* y) {
+inline void recompute(const Chunk& c, int n, const float* B, i64 b_time, const float* C, i64 c_time, const float* rate,
+                      const float* before, float* h, float* decay, vf* y) {
   vf state[N], a[N];
-  for (int i = 0; i < N; i++) state[i] = load(h + i * W), a[i] = load(A + i * W);
+  for (int i = 0; i < N; i++) state[i] = load(before + i * W), a[i] = load(rate + i * W), store(h + i * W, state[i]);
   for (int t = 0; t < n; t++) {
     const float *bt = B + t * b_time, *ct = C + t * c_time;
-    float *to = h + (t + 1) * all * W, *keep = decay + t * all * W;
     vf sum = y[t];
-#pragma GCC unroll 16
     for (int i = 0; i < N; i++) {
-      vf e = exp(c.d[t] * a[i]);
+      vf e = exp2(c.d[t] * a[i]);
       state[i] = state[i] * e + c.dx[t] * bt[i];
-      store(keep + i * W, e);
-      store(to + i * W, state[i]);
+      store(decay + (t * N + i) * W, e);
+      store(h + ((t + 1) * N + i) * W, state[i]);
       sum += state[i] * ct[i];
     }
     y[t] = sum;
@@ -172,31 +194,39 @@ inline void recompute(const Chunk& c, int n, i64 all, const float* B, i64 b_time
 
 // Back through a chunk: dx_t = sum of g B (gradient of d u), dd_t = sum of the gradient of d A times A.
 template <int N>
-inline void back(const Chunk& c, int n, i64 all, const vf* gy, const float* B, i64 b_time, const float* C, i64 c_time,
-                 const float* A, const float* h, const float* decay, float* g, float* dA, float* dB, float* dC, vf* dx, vf* dd) {
-  vf grad[N], sum_A[N];
-  for (int i = 0; i < N; i++) grad[i] = load(g + i * W), sum_A[i] = load(dA + i * W);
+inline void back(const Chunk& c, int n, const vf* gy, const float* B, i64 b_time, const float* C, i64 c_time, const float* A,
+                 const float* h, const float* decay, float* g, float* dA, float* dB, float* dC, i64 step, vf* dx, vf* dd) {
+  vf grad[N], sum_A[N], a[N], now[N];
+  for (int i = 0; i < N; i++) grad[i] = load(g + i * W), sum_A[i] = load(dA + i * W), a[i] = load(A + i * W);
+  for (int i = 0; i < N; i++) now[i] = load(h + (n * N + i) * W);
   for (int t = n - 1; t >= 0; t--) {
     const float *bt = B + t * b_time, *ct = C + t * c_time;
-    const float *old = h + t * all * W, *now = old + all * W, *e = decay + t * all * W;
-    float *to_B = dB + t * all * W, *to_C = dC + t * all * W;
-    vf sum_x = dx[t], sum_d = dd[t];
-#pragma GCC unroll 16
+    vf sum_x = dx[t], sum_d = dd[t], of_B[N], of_C[N];
     for (int i = 0; i < N; i++) {
       vf here = grad[i] + gy[t] * ct[i];
-      store(to_C + i * W, load(to_C + i * W) + gy[t] * load(now + i * W));
-      store(to_B + i * W, load(to_B + i * W) + here * c.dx[t]);
+      of_C[i] = gy[t] * now[i];
+      of_B[i] = here * c.dx[t];
       sum_x += here * bt[i];
-      here = here * load(e + i * W);
-      vf q = here * load(old + i * W);
-      sum_d += q * load(A + i * W);
+      grad[i] = here * load(decay + (t * N + i) * W);
+      now[i] = load(h + (t * N + i) * W);
+      vf q = grad[i] * now[i];
+      sum_d += q * a[i];
       sum_A[i] += q * c.d[t];
-      grad[i] = here;
     }
     dx[t] = sum_x;
     dd[t] = sum_d;
+    store(dB + t * step, load(dB + t * step) + sums<N>(of_B));
+    store(dC + t * step, load(dC + t * step) + sums<N>(of_C));
   }
   for (int i = 0; i < N; i++) store(g + i * W, grad[i]), store(dA + i * W, sum_A[i]);
+}
+
+// Sums of a piece of n state numbers: lanes l with l % n = i belong to number i.
+inline void spread(vf x, int n, float* to) {
+  float lanes[W];
+  store(lanes, x);
+  for (int i = 0; i < n; i++) to[i] = 0;
+  for (int l = 0; l < W; l++) to[l % n] += lanes[l];
 }
 
 void backward(const Scan& s, const ScanBack& r) {
@@ -204,8 +234,8 @@ void backward(const Scan& s, const ScanBack& r) {
   const i64 groups = nb < GROUPS ? nb : GROUPS;
   const i64 most = (nb + groups - 1) / groups;  // blocks of a group
   // One item is a group of blocks of one row: its blocks take turns within each chunk, so that dB and dC of the chunk are
-  // gathered in the cache. Each block carries A, g and dA from chunk to chunk.
-  const i64 carried = 3 * N * W + 2 * W;
+  // gathered in the cache. Each block carries A, g, dA and A log2(e) from chunk to chunk.
+  const i64 carried = 4 * N * W + 2 * W, step = Kept::sums(N) * W;
   parallel(s.batch * groups, 3 * all * s.channels, Kept::floats(N) + most * carried, [&](float* buffer, i64 item) {
     const i64 b = item / groups, group = item % groups;
     const i64 j0 = nb * group / groups, j1 = nb * (group + 1) / groups;
@@ -216,6 +246,7 @@ void backward(const Scan& s, const ScanBack& r) {
       Place p = place(s, b, j);
       float* own = carry + (j - j0) * carried;
       gather(s.A, N, p, own);
+      gather_rates(s.A, N, p, own + 3 * N * W + 2 * W);
       if (r.dafter) gather(r.dafter + b * s.channels * N, N, p, own + N * W);
       else std::memset(own + N * W, 0, 4 * N * W);
       std::memset(own + 2 * N * W, 0, 4 * (N * W + 2 * W));
@@ -223,33 +254,36 @@ void backward(const Scan& s, const ScanBack& r) {
     for (i64 k = nc - 1; k >= 0; k--) {
       const i64 t0 = k * T;
       const int n = static_cast<int>(end - t0 < T ? (end > t0 ? end - t0 : 0) : T);
-      std::memset(kept.dB, 0, 4 * T * N * W);
-      std::memset(kept.dC, 0, 4 * T * N * W);
+      std::memset(kept.dB, 0, 4 * 2 * T * step);
       const float *B = s.B + b * s.b_batch + t0 * s.b_time, *C = s.C + b * s.c_batch + t0 * s.c_time;
       for (i64 j = j0; j < j1; j++) {
         Place p = place(s, b, j);
-        float *A = carry + (j - j0) * carried, *g = A + N * W, *dA = g + N * W, *sums = dA + N * W;
+        float *A = carry + (j - j0) * carried, *g = A + N * W, *dA = g + N * W, *sums = dA + N * W, *rate = sums + 2 * W;
         Chunk c;
-        vf y[T], gy[T], dx[T], dd[T];
-        read(s, p, t0, n, c);
+        vf y[T], gy[T], dz[T], dx[T], dd[T];
+        read(s, p, t0, n, -T, c);
         vf skip = s.D ? load(s.D + j * W, p.lanes) : vf{};
-        for (int t = 0; t < n; t++) y[t] = skip * c.x[t], dx[t] = vf{}, dd[t] = vf{};
-        std::memcpy(kept.h, s.starts + ((b * nc + k) * nb + j) * N * W, 4 * N * W);
-        pieces(N, [&]<int M>(i64 i) {
-          recompute<M>(c, n, N, B + i, s.b_time, C + i, s.c_time, A + i * W, kept.h + i * W, kept.decay + i * W, y);
-        });
         const i64 d0 = j * W, out = (b * s.time + t0) * s.channels + d0;
         for (int t = 0; t < n; t++) {
-          gy[t] = load(r.dy + b * r.dy_batch + (t0 + t) * r.dy_time + d0, p.lanes);
+          y[t] = skip * c.x[t], dx[t] = vf{}, dd[t] = vf{};
+          const float* dy = r.dy + b * r.dy_batch + (t0 + t) * r.dy_time + d0;
+          soon(dy - T * r.dy_time);
+          gy[t] = load(dy, p.lanes);
           if (!s.z) continue;
-          vf z = load(s.z + b * s.z_batch + (t0 + t) * s.z_time + d0, p.lanes), open = sigmoid(z);
-          store(r.dz + out + t * s.channels, gy[t] * y[t] * silu_slope(z, open), p.lanes);
+          const float* gate = s.z + b * s.z_batch + (t0 + t) * s.z_time + d0;
+          soon(gate - T * s.z_time);
+          const vf z = load(gate, p.lanes), open = sigmoid(z);
+          dz[t] = gy[t] * silu_slope(z, open);
           gy[t] = gy[t] * z * open;
         }
-        pieces(N, [&]<int M>(i64 i) {
-          back<M>(c, n, N, gy, B + i, s.b_time, C + i, s.c_time, A + i * W, kept.h + i * W, kept.decay + i * W, g + i * W,
-                  dA + i * W, kept.dB + i * W, kept.dC + i * W, dx, dd);
+        const float* before = s.starts + ((b * nc + k) * nb + j) * N * W;
+        pieces<FEW>(N, [&]<int M>(i64 i) {
+          const i64 v = Kept::piece(i) * W;
+          recompute<M>(c, n, B + i, s.b_time, C + i, s.c_time, rate + i * W, before + i * W, kept.h, kept.decay, y);
+          back<M>(c, n, gy, B + i, s.b_time, C + i, s.c_time, A + i * W, kept.h, kept.decay, g + i * W, dA + i * W,
+                  kept.dB + v, kept.dC + v, step, dx, dd);
         });
+        for (int t = 0; s.z && t < n; t++) store(r.dz + out + t * s.channels, dz[t] * y[t], p.lanes);
         vf sum_D = load(sums), sum_bias = load(sums + W);
         for (int t = 0; t < n; t++) {
           store(r.du + out + t * s.channels, dx[t] * c.d[t] + gy[t] * skip, p.lanes);
@@ -278,10 +312,11 @@ void backward(const Scan& s, const ScanBack& r) {
       }
       const i64 out = ((group * s.batch + b) * s.time + t0) * N;
       for (i64 t = 0; t < T && t0 + t < s.time; t++)
-        for (i64 i = 0; i < N; i++) {
-          r.dB[out + t * N + i] = sum(load(kept.dB + (t * N + i) * W));
-          r.dC[out + t * N + i] = sum(load(kept.dC + (t * N + i) * W));
-        }
+        pieces<FEW>(N, [&]<int M>(i64 i) {
+          const i64 v = t * step + Kept::piece(i) * W;
+          spread(load(kept.dB + v), M, r.dB + out + t * N + i);
+          spread(load(kept.dC + v), M, r.dC + out + t * N + i);
+        });
     }
     for (i64 j = j0; j < j1; j++) {
       Place p = place(s, b, j);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -33,6 +34,9 @@ inline vf load(const float* p) {
   return x;
 }
 inline void store(float* p, vf x) { std::memcpy(p, &x, sizeof x); }
+
+// Asks for the numbers at an address, which need not exist, to come near.
+inline void soon(const float* p) { __builtin_prefetch(p, 0, 2); }
 
 // The first n lanes alone, 0 <= n <= W; the others read as zero and stay as they are in memory.
 inline vf load(const float* p, int n) {
@@ -77,6 +81,27 @@ inline float sum(vf x) {
   return s[0];
 }
 
+// Two vectors of blocks of B lanes become one, whose blocks hold the sums of halves of the first's, then of the second's.
+template <int B>
+constexpr int stays(int lane) { return lane % B < B / 2 ? lane : W + lane; }
+template <int B>
+constexpr int comes(int lane) { return lane % B < B / 2 ? lane + B / 2 : W + lane - B / 2; }
+template <int B, int... L>
+inline vf fold(vf x, vf y, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(x, y, stays<B>(L)...) + __builtin_shufflevector(x, y, comes<B>(L)...);
+}
+// B vectors as one, whose lanes l with l % B = i add up to the sum of x[i]; overwrites them. B = W: one sum a lane.
+template <int B = W>
+inline vf sums(vf* x) {
+  if constexpr (B == 1) {
+    return x[0];
+  } else {
+#pragma GCC unroll 8
+    for (int j = 0; j < B / 2; j++) x[j] = fold<B>(x[j], x[j + B / 2], std::make_integer_sequence<int, W>());
+    return sums<B / 2>(x);
+  }
+}
+
 // exp(r) - 1 for |r| <= ln 2 / 2, exact also where r is small: a polynomial made for the least relative error of exp(r).
 inline vf less_one(vf r) {
   vf p = all(1.3814550820e-3f);
@@ -87,19 +112,58 @@ inline vf less_one(vf r) {
   return p * (r * r) + r;
 }
 
+#if defined(__AVX512F__)
+inline vf rounded(vf x) { return reinterpret_cast<vf>(_mm512_roundscale_ps(reinterpret_cast<__m512>(x), 8)); }
+// p 2^n; 0 where x is less than `low`.
+inline vf scaled(vf p, vf n, vf x, float low) {
+  const __mmask16 counts = _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(low), _CMP_NLT_UQ);
+  return reinterpret_cast<vf>(_mm512_maskz_scalef_ps(counts, reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+}
+#else
+// 2^n for whole n from -127, which gives 0, to 128, which gives what is infinite; t is n + 1.5 * 2^23.
+inline vf power(vf t) { return floats((bits(t) << 23) + 0x3F800000); }
+#endif
+
 // exp(x), within 1 ulp for -87.3 < x < 88.3; 0 below, infinite above; NaN stays NaN. x = n ln 2 + r with |r| <= ln 2 / 2.
 inline vf exp(vf x) {
-  // above `high` n is 128, and the scale infinite
-  const float low = -87.33654f, high = 88.5f, magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
-  vf y = smaller(all(high), larger(all(low), x));
-  vf t = y * 1.44269504089f + magic;
-  vf n = t - magic;
-  vf r = n * -0.693145751953125f + y;  // ln 2 in two parts, the first with few bits
-  r = n * -1.42860682030941723e-6f + r;
-  vf p = less_one(r) + 1.0f;
-  vf scale = floats((bits(t) << 23) + 0x3F800000);
-  vf e = p * scale;
+  const float low = -87.33654f, high = 88.8f, log2e = 1.44269504089f;
+  const float most = -0.693145751953125f, rest = -1.42860682030941723e-6f;  // -ln 2 in two parts, the first with few bits
+#if defined(__AVX512F__)
+  const vf y = smaller(all(high), x), n = rounded(y * log2e);
+  vf r = n * most + y;
+  r = n * rest + r;
+  return scaled(less_one(r) + 1.0f, n, x, low);
+#else
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+  const vf y = smaller(all(high), larger(all(low), x)), t = y * log2e + magic, n = t - magic;
+  vf r = n * most + y;
+  r = n * rest + r;
+  const vf e = (less_one(r) + 1.0f) * power(t);
   return x < all(low) ? vf{} : e;
+#endif
+}
+
+// 2^x, within 1 ulp for -126 < x < 127.5; 0 below, infinite above; NaN stays NaN. x = n + r with |r| <= 1/2.
+// A decay exp(d a) at many d is 2^(d b) with b = a log2(e): its argument needs no reduction that rounds.
+inline vf exp2(vf x) {
+#if defined(__AVX512F__)
+  const vf r = reinterpret_cast<vf>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), 8));  // 0 where x is infinite
+#else
+  const float magic = 12582912.0f;
+  const vf y = smaller(all(128), larger(all(-127), x)), t = y + magic, r = y - (t - magic);
+#endif
+  vf p = all(1.5324314e-4f);  // made for the least relative error, given the first two
+  p = p * r + 1.3390959e-3f;
+  p = p * r + 9.6185179e-3f;
+  p = p * r + 5.5503596e-2f;
+  p = p * r + 2.4022648e-1f;
+  p = p * r + 6.9314718e-1f;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return scaled(p, x - r, x, -126);
+#else
+  return p * power(t);
+#endif
 }
 
 inline vf sigmoid(vf x) { return 1.0f / (1.0f + exp(-x)); }
@@ -124,7 +188,7 @@ inline vf softplus_slope(vf d) {
   return d < all(0.02f) ? series : 1.0f - exp(-d);
 }
 
-inline vf silu(vf x) { return x * sigmoid(x); }
+inline vf silu(vf x) { return x / (1.0f + exp(-x)); }
 // The derivative of x * sigmoid(x), given both.
 inline vf silu_slope(vf x, vf s) { return s * (1.0f + x * (1.0f - s)); }
 

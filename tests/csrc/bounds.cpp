@@ -47,6 +47,7 @@ void selective_scan(i64 batch, i64 time, i64 channels, i64 states, bool gated, b
   s.lengths = padded ? lengths.data() : nullptr;
   s.before = padded ? nullptr : pool.get(batch * channels * states);
   s.y = pool.get(whole), s.after = pool.get(batch * channels * states);
+  bestiary_scan_forward(&s);  // saves nothing
   s.starts = pool.get(bestiary_scan_starts(batch, time, channels, states));
   bestiary_scan_forward(&s);
   ScanBack r = {};
@@ -106,6 +107,7 @@ void wkv_sums(i64 batch, i64 time, i64 channels, float size, bool padded) {
   s.num = pool.get(edge), s.den = pool.get(edge, 0, 1), s.max = pool.get(edge, -size, size);
   s.k_batch = s.v_batch = time * channels, s.k_time = s.v_time = channels, s.lengths = padded ? lengths.data() : nullptr;
   s.y = pool.get(whole), s.new_num = pool.get(edge), s.new_den = pool.get(edge), s.new_max = pool.get(edge);
+  bestiary_wkv_forward(&s);  // saves nothing
   s.starts = pool.get(batch * ((time + bestiary_wkv_chunk() - 1) / bestiary_wkv_chunk()) * 3 * channels);
   bestiary_wkv_forward(&s);
   WkvBack g = {};
@@ -134,6 +136,8 @@ void matvec_products(i64 outputs, i64 inputs, i64 format, i64 rows) {
   Packed p(pool, outputs, inputs, format, rows & 1);
   bestiary_multiply(&p.m, rows, pool.get(rows * inputs), inputs, pool.get(rows * outputs), outputs);
   bestiary_unpack(&p.m, outputs - 1, 1, pool.get(inputs));
+  const i64 which[] = {outputs - 1, 0, outputs / 2};
+  bestiary_gather(&p.m, 3, which, pool.get(3 * inputs));
 }
 
 // kind: no gates, a head's, a channel's, the general form.
@@ -153,6 +157,7 @@ void delta_rule(i64 batch, i64 time, i64 heads, i64 keys, i64 values, int kind) 
   d.at_q = d.at_k = d.at_a = d.at_b = by_key, d.at_v = by_value, d.at_beta = {time * heads, heads, 1};
   d.at_g = {time * heads * per_gate, heads * per_gate, per_gate};
   d.before = pool.get(states), d.after = pool.get(states), d.o = pool.get(steps * values);
+  bestiary_delta_forward(&d);  // saves nothing
   d.starts = pool.get(batch * heads * ((time + per_chunk - 1) / per_chunk) * keys * ((values + W - 1) / W * W));
   bestiary_delta_forward(&d);
   DeltaBack r = {};
@@ -178,12 +183,15 @@ void linear_attention(i64 batch, i64 time, i64 groups, i64 shared, i64 keys, i64
   s.g_head = decay == 2 ? keys : 1, s.g_time = heads * s.g_head, s.g_batch = time * s.g_time;
   s.before = pool.get(memory, 0.1f), s.o = pool.get(whole * values), s.after = pool.get(memory);
   s.norms = pool.get(whole);
-  if (time == 1) bestiary_linear_attention_forward(&s);  // a single step, which saves nothing
+  const float* before = s.before;
+  for (const float* past : {before, static_cast<const float*>(nullptr)})
+    s.before = past, bestiary_linear_attention_forward(&s);  // saves nothing, and a single step goes by itself
+  s.before = time % 2 ? before : nullptr;
   s.starts = pool.get(bestiary_linear_attention_starts(batch, time, heads, keys, values + ones));
   bestiary_linear_attention_forward(&s);
   LinearAttentionBack r = {};
   const i64 parts = bestiary_linear_attention_parts(heads, groups);
-  r.dy = pool.get(whole * values), r.o = s.o, r.dafter = pool.get(memory);
+  r.dy = pool.get(whole * values), r.o = s.o, r.dafter = time % 2 ? pool.get(memory) : nullptr;
   r.dy_batch = s.v_batch, r.dy_time = s.v_time, r.dy_head = s.v_head;
   r.dq = pool.get(parts * batch * time * groups * keys), r.dk = pool.get(parts * batch * time * groups * keys);
   r.dv = pool.get(whole * values), r.dg = pool.get(decay ? whole * s.g_head : 0);
@@ -233,7 +241,7 @@ int instructions() {
       Single s(program::UNARY, {2, 1, 3, n});
       s.i.number[0] = which, s.operand({2, 1, 3, n}), s.operand({2, 1, 3, n}, 0.1f, 2), s.run(0);
     }
-    for (i64 which = 0; which < 6; which++, ran++) {
+    for (i64 which = 0; which < 7; which++, ran++) {
       Single s(program::BINARY, {2, 1, 3, n});
       s.i.number[0] = which, s.operand({2, 1, 3, n}), s.operand({2, 1, 3, n}), s.operand({2, 1, 3, n}, 1, 2), s.run(0);
     }
@@ -242,6 +250,13 @@ int instructions() {
       s.i.number[0] = which, s.operand({2, 1, 3, 1}), s.operand({2, 1, 3, n});
       s.operands[0].stride[3] = 0, s.run(0);
     }
+    std::vector<i64> last(n + 2, n - 1);
+    Single gather(program::GATHER, {2, 1, 3, n + 2});
+    gather.operand({2, 1, 3, n + 2}), gather.operand({2, 1, 3, n});
+    gather.operands.push_back({-1, reinterpret_cast<i64>(last.data()), {}}), gather.run(0), ran++;
+    Single lerp(program::LERP, {2, 1, 3, n});
+    for (int k = 0; k < 4; k++) lerp.operand({2, 1, 3, n});
+    lerp.run(0), ran++;
     Single norm(program::LAYER_NORM, {1, 2, 3, n});
     for (int k = 0; k < 4; k++) norm.operand({1, 2, 3, n});
     norm.i.real[0] = 1e-5, norm.run(0);
@@ -297,13 +312,38 @@ int instructions() {
           s.i.number[3] = s.region(reinterpret_cast<void*>(slots)), s.i.real[0] = 1;
           s.run(64 + 2 * whole_groups(keys > n ? keys : n)), ran++;
           Single more(program::ADVANCE, {2});
-          more.i.number[0] = more.region(positions), more.i.number[1] = more.region(next), more.run(0);
+          more.i.shared = 0, more.i.number[0] = more.region(positions), more.i.number[1] = more.region(next), more.run(0);
         }
-    for (i64 rows : {1, 3, 9}) {
-      Pool pool;
-      Packed p(pool, 33, n, 3, true);
-      Single s(program::PRODUCT, {rows});
-      s.operand({rows, 33}), s.operand({rows, n}), s.i.matrix = &p.m, s.run(rows * whole_groups(n)), ran++;
+    for (i64 keys : {1, 19})
+      for (i64 levels : {1, 2, 5})
+        for (i64 past : {0, 1, 7, 100})
+          for (bool same : {false, true}) {
+            i64 positions[2] = {past, past / 2};
+            const i64 count = 2 * levels * 4 * keys * n;
+            Single s(program::FENWICK, {2, 4, keys, n});
+            Operand memory = {-1, 0, {levels * 4 * keys * n, 4 * keys * n, keys * n, n}};
+            memory.at = reinterpret_cast<i64>(s.pool.get(count));
+            s.operand({2, 4, n}), s.operands.push_back(memory), s.operand({2, 4, keys}), s.operand({2, 4, keys});
+            s.operand({2, 4, n}), s.operand({2, 4}, -1, 0), s.operand({2, 4, levels + 1});
+            if (!same) memory.at = reinterpret_cast<i64>(s.pool.get(count));
+            s.operands.push_back(memory), s.i.number[0] = levels, s.i.number[1] = s.region(positions), s.i.real[0] = 1;
+            s.run(whole_groups(n)), ran++;
+          }
+    for (i64 rows : {1, 3, 9, 17})
+      for (i64 format = 0; format < 4; format++) {
+        Pool pool;
+        Packed p(pool, 33, n, format, true);
+        Single s(program::PRODUCT, {rows});
+        s.operand({rows, 33}), s.operand({rows, n}), s.i.matrix = &p.m;
+        const bool pairs = rows > 16 && format == 1 && bestiary_rounds_inputs();
+        s.run(pairs ? 24 * ((n + 1) / 2 * 2) + 16 * (256 + 24) : rows * whole_groups(n)), ran++;
+      }
+    for (i64 turned : {n / 2 * 2, n / 4 * 2}) {
+      i64 positions[2] = {7, 1000};
+      std::vector<double> speed(turned / 2, 0.5);
+      Single s(program::ROTATE, {2, 3, n});
+      s.operand({2, 3, n}), s.operand({2, 3, n}), s.operands.push_back({-1, reinterpret_cast<i64>(speed.data()), {}});
+      s.i.shared = 0, s.i.number[0] = turned, s.i.number[1] = s.region(positions), s.run(0), ran++;
     }
   }
   return ran;
@@ -335,10 +375,16 @@ void cross_entropies(i64 rows, i64 vocab, bool gradient) {
   bestiary_cross_entropy(&s);
 }
 
+void gates(i64 which) {
+  Pool pool;
+  for (i64 n : {0, W, 3 * W}) bestiary_elementwise(n, which, pool.get(n, -100, 100), pool.get(n));
+}
+
 }  // namespace
 
 int main() {
   int ran = 0;
+  for (i64 which = 0; which < 4; which++) gates(which), ran++;
   for (i64 batch : {1, 3})
     for (i64 time : {0, 1, 2, 5, 64, 65})
       for (i64 channels : {1, 7, 16, 35, 64, 150, 260}) {
@@ -383,5 +429,7 @@ int main() {
   for (i64 rows : {0, 1, 2, 7})
     for (i64 vocab : {1, 2, 15, 16, 17, 63, 64, 65, 200})
       for (bool gradient : {false, true}) cross_entropies(rows, vocab, gradient), ran++;
-  std::printf("%d shapes ran\n", ran);
+  const i64 facts[] = {bestiary_version(), bestiary_lanes(), bestiary_threads(), bestiary_rounds_inputs()};
+  for (i64 fact : facts) std::printf("%d ", static_cast<int>(fact));
+  std::printf("(version, lanes, threads, inputs rounded to bf16): %d shapes ran\n", ran);
 }

@@ -8,11 +8,12 @@ from decoding.kit import close, make
 from ops.native.kit import needed
 
 from bestiary import LanguageModel, ModelConfig, mixers, state
+from bestiary.ops.native.matvec import rounds_inputs
 from bestiary.state import nbytes
 
 pytestmark = needed
 CAUSAL = [name for name in mixers.names() if mixers.get(name).causal]
-AS_THEY_ARE = {"based", "delta_product", "hyena", "log_linear_attention", "m2_gpt", "mamba3", "mla"}
+AS_THEY_ARE = {"hyena", "m2_gpt"}
 """Mixers whose step is not lowered; each of the others must be, or a change has lost its speed."""
 
 
@@ -54,10 +55,14 @@ def test_every_mixer_steps_the_same(name: str) -> None:
         "attention{window=1}",
         "attention{rotary=false, qkv_bias=true, out_bias=true}",
         "attention{rotary_dims=16, rotary_stretch=4.0}",
+        "mla{q_rank=24, n_heads=1, rope_dim=0}",
         "mamba{conv_kernel=1}",
         "mamba{norm_dt_bc=weighted}",
         "mamba2{n_groups=2, d_state=16}",
         "gated_delta_net{n_value_heads=4, n_heads=2, negative=true}",
+        "delta_product{n_steps=3, gated=true}",
+        "log_linear_attention{n_levels=2, d_state=16}",
+        "mamba3{n_groups=2, rope_fraction=1.0, decay=softplus}",
         "rwkv5{version=5.1}",
         "gla mamba attention rwkv7 hyena rwkv7{channel=geglu} attention{window=4} mamba2",
         "mamba+attention{channel=moe}",
@@ -79,7 +84,9 @@ def test_a_layer_that_is_not_lowered_runs_as_it_is_between_two_programs() -> Non
 
 @pytest.mark.parametrize("form", ["fp32", "bf16", "int8", "int4"])
 def test_the_native_step_is_the_packed_models_own(form: str) -> None:
-    fast = make("mamba attention rwkv7 gated_delta_net").packed(form)
+    fast = make("mamba attention rwkv7 gated_delta_net based mla delta_product mamba3 log_linear_attention").packed(
+        form
+    )
     tokens = torch.randint(50, (2, 9))
     with torch.no_grad():
         _, ours = fast(tokens[:, :5])
@@ -92,8 +99,24 @@ def test_the_native_step_is_the_packed_models_own(form: str) -> None:
             assert close(found, expected)
 
 
+@pytest.mark.parametrize("form", ["fp32", "bf16", "int8", "int4"])
+def test_many_rows_are_multiplied_as_the_packed_model_does(form: str) -> None:
+    fast = make("mamba gla").packed(form)
+    decoder, exact = fast.decoder, form != "bf16" or not rounds_inputs()
+    assert decoder is not None
+    for rows in (16, 19, 32):
+        with torch.no_grad():
+            token, before = torch.randint(50, (rows,)), fast(torch.randint(50, (rows, 5)))[1]
+            found, _ = fast.step(token, before)
+            fast.decoder = None
+            expected, _ = fast.step(token, before)
+            fast.decoder = decoder
+        assert decoder.report(rows) == [None] * 3
+        assert close(found, expected) if exact else (found - expected).abs().max() < 2**-6 * expected.abs().max()
+
+
 def test_rows_of_different_lengths_keep_their_own_positions() -> None:
-    model = make("attention mamba attention{window=4}")
+    model = make("attention mamba attention{window=4} mla log_linear_attention")
     fast, lengths = model.packed("fp32"), [1, 7, 3]
     prompts = [torch.randint(50, (1, n)) for n in lengths]
     token = torch.randint(50, (3,))
@@ -109,7 +132,7 @@ def test_rows_of_different_lengths_keep_their_own_positions() -> None:
 
 
 def test_states_that_were_given_away_are_written_over_and_caches_have_room() -> None:
-    model = make("attention mamba gla rwkv4")
+    model = make("attention mamba gla rwkv4 mla log_linear_attention{n_levels=5} mamba3")
     fast, tokens = model.packed("fp32"), torch.randint(50, (1, 200))
     with torch.no_grad():
         expected = model(tokens)[0][:, 4:].transpose(0, 1)
@@ -156,7 +179,8 @@ def test_generation_is_the_models_own() -> None:
 
 
 def test_one_thread_and_two_give_the_same_bits() -> None:
-    model = LanguageModel(ModelConfig("mamba attention rwkv7 gla{channel=gelu_mlp}", 256, 500)).eval()
+    layout = "mamba attention rwkv7 gla{channel=gelu_mlp} mla delta_product log_linear_attention"
+    model = LanguageModel(ModelConfig(layout, 256, 500)).eval()
     fast, tokens, results = model.packed("int8"), torch.randint(500, (2, 6)), []
     before = torch.get_num_threads()
     try:

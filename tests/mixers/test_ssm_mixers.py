@@ -128,7 +128,7 @@ def test_mamba3_is_a_loop_over_the_paper_s_equations(options: dict[str, Any], de
         v = v.unflatten(-1, (mixer.n_heads, -1))
         dt, share = F.softplus(dt + mixer.dt_bias), torch.sigmoid(trap)
         A = -F.softplus(a) if decay == "softplus" else -torch.where(a >= 0, 1 + a, 1 / (1 - a))
-        angle, h, k_before, v_before = (torch.zeros_like(part) for part in end)
+        angle, h, k_before, v_before = (torch.zeros_like(part) for part in end[:4])
         for t in range(15):
             angle = angle + math.pi * torch.tanh(theta[:, t, None]) * dt[:, t, :, None]
             turn = torch.polar(torch.ones_like(angle), angle)
@@ -142,7 +142,9 @@ def test_mamba3_is_a_loop_over_the_paper_s_equations(options: dict[str, Any], de
             wanted = mixer.out_proj(y.flatten(1) * F.silu(z[:, t]))
             torch.testing.assert_close(found[:, t], wanted, rtol=0, atol=1e-12 * found.abs().max().item())
             k_before, v_before = k, v[:, t]
-    for actual, expected in zip(end, (angle % (2 * math.pi), h, k_before, v_before)):
+    whole = end.memory + torch.einsum("bh,bhn,bhp->bhnp", end.weight, end.key, end.value)
+    states = (end.angle, whole, end.key, end.value, end.weight)
+    for actual, expected in zip(states, (angle % (2 * math.pi), h, k_before, v_before, gamma)):
         torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
 
 

@@ -15,8 +15,8 @@ from bestiary.ops import dispatch
 from bestiary.ops.wkv import recurrent, scanned
 
 
-def small(layout: str) -> tuple[LanguageModel, Tensor]:
-    return LanguageModel(ModelConfig(layout, d_model=32, vocab_size=50)), torch.randint(50, (2, 9))
+def small(layout: str, d_model: int = 32, time: int = 9) -> tuple[LanguageModel, Tensor]:
+    return LanguageModel(ModelConfig(layout, d_model=d_model, vocab_size=50)), torch.randint(50, (2, time))
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -40,6 +40,12 @@ def loss(layout: str, backend: str = "aot_eager") -> None:
     targets = tokens.roll(-1, 1)
     targets[0, -1] = -1
     same(model, lambda: model.loss(tokens, targets)[0], backend)
+
+
+def large(layout: str) -> None:
+    """Sizes at which linear maps are products of oneDNN's."""
+    model, tokens = small(layout, d_model=512, time=64)
+    same(model, lambda: model(tokens)[0])
 
 
 def rows(layout: str) -> None:
@@ -79,7 +85,9 @@ if __name__ == "__main__":
     for layout in layouts:
         torch.manual_seed(0)
         print(what, layout, file=sys.stderr)
-        {"loss": loss, "rows": rows, "inductor": functools.partial(loss, backend="inductor")}[what](layout)
+        {"loss": loss, "rows": rows, "large": large, "inductor": functools.partial(loss, backend="inductor")}[what](
+            layout
+        )
         torch._dynamo.reset()
     if what == "forms":
         forms()

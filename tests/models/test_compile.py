@@ -26,6 +26,10 @@ def test_padding_and_states_to_go_on_from_compile_too() -> None:
     compiled("rows", "attention", "hyena", "mamba")
 
 
+def test_large_models_compile_and_learn_the_same() -> None:
+    compiled("large", "attention")
+
+
 def test_a_forced_form_holds_in_compiled_code_and_ends_with_its_context() -> None:
     compiled("forms")
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from bestiary.models import loss as module
 from bestiary.models.loss import linear_cross_entropy, token_nats
@@ -96,3 +97,14 @@ def test_under_autocast_the_loss_stays_close() -> None:
         found = linear_cross_entropy(hidden, head, targets)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
+
+
+def test_without_gradients_there_is_one_product_a_chunk() -> None:
+    """Parameters ask for gradients also where nobody computes any."""
+    hidden, head = torch.randn(9, 6, requires_grad=True), torch.randn(20, 6, requires_grad=True)
+    targets, flops = torch.randint(20, (9,)), []
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad), FlopCounterMode(display=False) as counter:
+            linear_cross_entropy(hidden, head, targets)
+        flops.append(counter.get_total_flops())
+    assert flops[0] == 2 * 9 * 6 * 20 < flops[1]

@@ -8,12 +8,12 @@ bilinear    y = W_3 (W_1 x * W_2 x)                  Evo 2's after its first lay
 Drawn as GPT-2's are: normal, what writes into the residual path divided by the root of how many parts do.
 """
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from bestiary.channel_mixers import register
 from bestiary.mixers.base import Pointwise
-from bestiary.mixers.parts import gpt_init
+from bestiary.mixers.parts import Linear, gpt_init
 
 
 @register("gelu_mlp")
@@ -30,8 +30,8 @@ class GeluMLP(Pointwise):
         super().__init__(d_model)
         self.d_hidden, self.residuals = 4 * d_model if d_hidden is None else d_hidden, residuals
         self.exact = exact
-        self.up = nn.Linear(d_model, self.d_hidden)
-        self.down = nn.Linear(self.d_hidden, d_model)
+        self.up = Linear(d_model, self.d_hidden)
+        self.down = Linear(self.d_hidden, d_model)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -56,8 +56,8 @@ class SwiGLU(Pointwise):
         super().__init__(d_model)
         self.d_hidden = -(-8 * d_model // 3 // 32) * 32 if d_hidden is None else d_hidden
         self.residuals = residuals
-        self.gate_up = nn.Linear(d_model, 2 * self.d_hidden, bias=bias)
-        self.down = nn.Linear(self.d_hidden, d_model, bias=bias)
+        self.gate_up = Linear(d_model, 2 * self.d_hidden, bias=bias)
+        self.down = Linear(self.d_hidden, d_model, bias=bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -17,7 +17,7 @@ from bestiary.channel_mixers import register
 from bestiary.errors import UsageError
 from bestiary.mixers.base import Pointwise, keep_real, real_steps
 from bestiary.mixers.context import Context
-from bestiary.mixers.parts import gpt_init
+from bestiary.mixers.parts import Linear, gpt_init
 
 LOAD, CAPACITY = "expert_load", "expert_capacity"
 
@@ -71,8 +71,8 @@ class MixtureOfExperts(Pointwise):
             balance,
             residuals,
         )
-        self.router = nn.Linear(d_model, n_experts, bias=False)
-        self.shared_gate = nn.Linear(d_model, 1, bias=False) if shared_gate else None
+        self.router = Linear(d_model, n_experts, bias=False)
+        self.shared_gate = Linear(d_model, 1, bias=False) if shared_gate else None
         self.gate_up = nn.Parameter(torch.empty(n_experts + shared, 2 * self.d_hidden, d_model))
         self.down = nn.Parameter(torch.empty(n_experts + shared, d_model, self.d_hidden))
         self.reset_parameters()
@@ -128,8 +128,8 @@ class MixtureOfExperts(Pointwise):
         return y.reshape(x.shape)
 
     def _expert(self, i: int, x: Tensor) -> Tensor:
-        gate, up = F.linear(x, self.gate_up[i]).chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down[i])
+        gate, up = ops.linear(x, self.gate_up[i]).chunk(2, dim=-1)
+        return ops.linear(F.silu(gate) * up, self.down[i])
 
     def _report(self, x: Float[Tensor, "tokens d_model"], context: Context) -> None:
         """Tell the load; in training, ask for balance."""

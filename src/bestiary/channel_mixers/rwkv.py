@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from bestiary import state
 from bestiary.channel_mixers import register
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import no_weight_decay, orthogonal_init, token_shift
+from bestiary.mixers.parts import Linear, no_weight_decay, orthogonal_init, token_shift
 
 
 @state.register
@@ -33,8 +33,8 @@ class ShiftedMLP(Mixer):
         super().__init__(d_model)
         self.d_hidden = d_hidden
         self.shallow = 1 - layer_index / n_layers
-        self.key = nn.Linear(d_model, d_hidden, bias=False)
-        self.value = nn.Linear(d_hidden, d_model, bias=False)
+        self.key = Linear(d_model, d_hidden, bias=False)
+        self.value = Linear(d_hidden, d_model, bias=False)
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> TokenShiftState:
         shape = (batch_size, self.d_model)
@@ -68,7 +68,7 @@ class RWKVChannelMix(ShiftedMLP):
     def __init__(self, d_model: int, *, d_hidden: int | None = None, layer_index: int = 0, n_layers: int = 1):
         super().__init__(d_model, 4 * d_model if d_hidden is None else d_hidden, layer_index, n_layers)
         self.mix_k, self.mix_r = (nn.Parameter(torch.empty(d_model)) for _ in range(2))
-        self.receptance = nn.Linear(d_model, d_model, bias=False)
+        self.receptance = Linear(d_model, d_model, bias=False)
         no_weight_decay(self.mix_k, self.mix_r)
         self.reset_parameters()
 
@@ -114,7 +114,7 @@ class RWKV6ChannelMix(ShiftedMLP):
     def __init__(self, d_model: int, *, d_hidden: int | None = None, layer_index: int = 0, n_layers: int = 1):
         super().__init__(d_model, narrow(d_model) if d_hidden is None else d_hidden, layer_index, n_layers)
         self.maa_k, self.maa_r = (nn.Parameter(torch.empty(d_model)) for _ in range(2))
-        self.receptance = nn.Linear(d_model, d_model, bias=False)
+        self.receptance = Linear(d_model, d_model, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()

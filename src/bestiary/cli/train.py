@@ -17,6 +17,7 @@ from bestiary.data import Batches, Corpus, Tokenizer, load_corpus, shards, token
 from bestiary.data.files import write_whole
 from bestiary.errors import UsageError
 from bestiary.evaluation import perplexity
+from bestiary.ops.native.memory import keep_freed
 from bestiary.training import StepInfo, TrainConfig, train
 from bestiary.training.checkpoint import checkpoints
 from bestiary.training.distributed import Place, join
@@ -63,6 +64,7 @@ class Train:
 
 def main(argv: list[str]) -> int:
     arguments = parse(Train, argv, "train")
+    keep_freed()
     with join(arguments.device) as place:
         return _train(arguments, place)
 

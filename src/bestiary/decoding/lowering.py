@@ -299,7 +299,7 @@ class Lowering:
         """result (rows, outputs) = x (rows, inputs) W^T."""
         rows, (outputs, inputs) = x.numel() // matrix.shape[1], matrix.shape
         x, result = x.reshape(rows, inputs) if not self.dynamic(x) else _as_rows(x, inputs), _as_rows(result, outputs)
-        self.memory.scratch_for(rows * -(-inputs // 32) * 32)
+        self.memory.scratch_for(-(-rows // 8) * 8 * (-(-inputs // 32) * 32 + 16) + 16 * 256)  # or less, with few rows
         self.memory.work += rows * outputs * inputs
         self.alive.append(matrix)
         self.emit(Op.PRODUCT, (rows,), [result], [x], matrix=matrix, shared=outputs * inputs >= 1 << 14)

@@ -96,19 +96,19 @@ def _delta(
     low: Lowering, result: Any, q: Tensor, k: Tensor, v: Tensor, beta: Any, g: Any, a: Any, b: Any, before: Tensor,
     scale: float, save: bool,
 ) -> None:  # fmt: skip
-    _one_step(q, k, v)
     o, after = result[:2]
     low.new(o)
-    low.new_memory(after)
-    rows, _, heads, values = v.shape
+    rows, time, heads, values = v.shape
     low.memory.scratch_for(2 * (-(-q.shape[3] // 32) * 32))
-    low.memory.work += 8 * after.numel()
+    low.memory.work += 8 * after.numel() * time
     numbers = (0 if g is None else g.ndim - 2, int(beta is not None), int(a is not None))
-    parts = [None if x is None else x[:, 0] for x in (q, k, _dense(v), beta, g, a, b)]
-    low.emit(
-        Op.DELTA, (rows, heads, q.shape[3], values), [o[:, 0], after], [*parts, before], number=numbers,
-        real=(scale, 0.0), shared=after.numel() >= SHARED_FROM,
-    )  # fmt: skip
+    low.new_memory(after)
+    for t in range(time):  # several writes a step: all but the first read what they write over
+        parts = [None if x is None else x[:, t] for x in (q, k, _dense(v), beta, g, a, b)]
+        low.emit(
+            Op.DELTA, (rows, heads, q.shape[3], values), [o[:, t], after], [*parts, after if t else before],
+            number=numbers, real=(scale, 0.0), shared=after.numel() >= SHARED_FROM,
+        )  # fmt: skip
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -153,7 +153,14 @@ def _attend(
     _one_step(q)
     o, *after = result
     kind = "plain" if window else "cache"
-    cached = [_target(low, new, old, kind) for new, old in zip(after[:2], (keys, values))]
+    cached = [_target(low, after[0], keys, kind)]
+    if storage(values) == storage(keys):  # values are the keys' first channels, and what writes the keys writes them
+        if window or values.storage_offset() != keys.storage_offset():
+            raise Unsupported("values that are some other part of the keys")
+        after[1] = after[0][..., : values.shape[-1]]
+        cached *= 2
+    else:
+        cached.append(_target(low, after[1], values, kind))
     counted = _target(low, after[2], position, "positions")
     low.check_old(counted)
     low.new(o)
@@ -178,6 +185,30 @@ def _attend(
         number=numbers, real=(scale,), shared=True,
     )  # fmt: skip
     low.emit(Op.ADVANCE, (rows,), [after[2]], [position], places=[], number=(counted.old, counted.new))
+
+
+@handles("log_linear")
+def _log_linear(
+    low: Lowering, result: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, weights: Tensor, before: Tensor,
+    position: Tensor, scale: float,
+) -> None:  # fmt: skip
+    _one_step(q)
+    o, after, counted = result
+    leaf, counter = _target(low, after, before), _target(low, counted, position, "positions")
+    low.new(o)
+    low.bind(after, leaf)
+    low.bind(counted, counter)
+    rows, levels, heads, keys, values = before.shape
+    now = [x[:, 0] for x in (q, k, _dense(v), g, weights)]
+    memories = [Place(region, 0, before.contiguous().stride()[:4]) for region in (leaf.new, leaf.old)]
+    places = [low.place(o[:, 0]), memories[0], *(low.place(x) for x in now), memories[1]]
+    low.memory.scratch_for(-(-values // 32) * 32)
+    low.memory.work += 2 * before.numel()
+    low.emit(
+        Op.FENWICK, (rows, heads, keys, values), [o, after], [*now, before, position], places=places,
+        number=(levels, counter.old), real=(scale,), shared=rows * heads * keys * values >= SHARED_FROM,
+    )  # fmt: skip
+    low.emit(Op.ADVANCE, (rows,), [counted], [position], places=[], number=(counter.old, counter.new))
 
 
 @handles("turn")

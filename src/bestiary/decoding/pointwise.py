@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bestiary.decoding.lowering import Handler, Lowering, Unsupported, collapsed, handles, pairs
-from bestiary.decoding.program import BINARY, REDUCTIONS, UNARY, Op
+from bestiary.decoding.program import AXES, BINARY, REDUCTIONS, SHARED_FROM, UNARY, Op, Place
 from bestiary.decoding.trace import storage
 from bestiary.ops.native import traced
 
@@ -97,6 +97,14 @@ def _complex(low: Lowering, result: Tensor, real: Tensor, imaginary: Tensor) -> 
 
 for _name in BINARY:
     handles(_name, _name + "_")(_binary(_name))
+
+
+@handles("sum_angles")
+def _sum_angles(low: Lowering, result: Tensor, start: Tensor, turns: Tensor) -> None:
+    if turns.shape[1] != 1:
+        raise Unsupported("several steps in one")
+    low.new(result)
+    low.elementwise(Op.BINARY, result[:, 0], [start, turns[:, 0]], number=(BINARY.index("turned"),))
 
 
 @handles("rsub")
@@ -197,6 +205,23 @@ def _cat(low: Lowering, result: Tensor, parts: list[Tensor], dim: int = 0) -> No
         if part.numel():
             low.copy(part, result.narrow(dim, start, part.shape[dim]))
         start += part.shape[dim]
+
+
+@handles("index")
+def _index(low: Lowering, result: Tensor, x: Tensor, indices: list[Tensor | None]) -> None:
+    """x[:, ..., i, :, ...] with constants i."""
+    axes = [axis for axis, index in enumerate(indices) if index is not None]
+    index = indices[axes[0]]
+    if len(axes) != 1 or index is None or index.ndim != 1 or index.dtype != torch.int64 or low.dynamic(index):
+        raise Unsupported("an index that is not a row of constants")
+    low.new(result)
+    index = (index % x.shape[axes[0]]).contiguous()
+    low.alive.append(index)
+    y, x = result.movedim(axes[0], -1), x.movedim(axes[0], -1)
+    shape, strides = _loops(tuple(y.shape[:-1]), y.shape[-1], y)
+    _, more = _loops(tuple(x.shape[:-1]), x.shape[-1], x)
+    places = [low.place(y, strides[0]), low.place(x, more[0]), Place(-1, index.data_ptr(), (0,) * AXES)]
+    low.emit(Op.GATHER, shape, [result], [x], places=places, shared=y.numel() >= SHARED_FROM)
 
 
 @handles("constant_pad_nd")

@@ -37,13 +37,15 @@ class Op(enum.IntEnum):
     ATTEND = enum.auto()
     ADVANCE = enum.auto()
     ROTATE = enum.auto()
+    GATHER = enum.auto()
+    FENWICK = enum.auto()
 
 
 UNARY = [
     *("copy", "neg", "exp", "sigmoid", "silu", "tanh", "relu", "softplus", "log_sigmoid", "gelu", "gelu_tanh", "elu"),
     *("sqrt", "rsqrt", "reciprocal", "abs", "log", "expm1", "sin", "cos", "affine", "square", "clamp"),
 ]
-BINARY = ["add", "sub", "mul", "div", "maximum", "minimum"]
+BINARY = ["add", "sub", "mul", "div", "maximum", "minimum", "turned"]
 REDUCTIONS = ["sum", "mean", "amax", "length"]
 
 
@@ -168,7 +170,6 @@ class Program:
         threads = 1 if work < THREADS_FROM else 1 << 16
         self._program = _Program(rows, len(instructions), scratch, threads, *addresses)
         self._call, self._address = kernel("bestiary_program"), ctypes.byref(self._program)
-        self._call.argtypes, self._call.restype = [ctypes.c_void_p, ctypes.c_void_p], None
         self.regions = (ctypes.c_void_p * regions)()
         self.regions[WORKSPACE] = self.workspace.data_ptr()
 

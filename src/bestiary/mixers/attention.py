@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from bestiary import ops
 from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import RMSNorm, check_heads, check_rate, default_heads, gpt_init
+from bestiary.mixers.parts import Linear, RMSNorm, check_heads, check_rate, default_heads, gpt_init
 
 
 @register("attention")
@@ -89,10 +89,10 @@ class Attention(Mixer):
                 f"rotary positions need an even number of a head's {head_dim} channels, not {self.rotary_dims}"
             )
         self.residuals, self.d_inner = residuals, self.n_heads * head_dim
-        self.qkv = nn.Linear(self.d_in, self.d_inner + 2 * self.n_kv_heads * head_dim, bias=qkv_bias)
+        self.qkv = Linear(self.d_in, self.d_inner + 2 * self.n_kv_heads * head_dim, bias=qkv_bias)
         self.q_norm, self.k_norm = (RMSNorm(head_dim, eps=norm_eps) if qk_norm else None for _ in range(2))
-        self.gate = nn.Linear(self.d_in, self.d_inner, bias=qkv_bias) if gate else None
-        self.out = nn.Linear(self.d_inner, d_model, bias=out_bias)
+        self.gate = Linear(self.d_in, self.d_inner, bias=qkv_bias) if gate else None
+        self.out = Linear(self.d_inner, d_model, bias=out_bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

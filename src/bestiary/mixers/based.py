@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from bestiary import ops, state
 from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
-from bestiary.mixers.parts import ShortConvolution, check_heads, default_heads, gpt_init
+from bestiary.mixers.parts import Linear, ShortConvolution, check_heads, default_heads, gpt_init
 
 
 @state.register
@@ -61,9 +61,9 @@ class Based(Mixer):
         self.feature_dim, self.eps, self.residuals = feature_dim, eps, residuals
         self.value_dim = d_model // self.n_heads
         self.features = 1 + feature_dim + feature_dim * (feature_dim + 1) // 2
-        self.qk = nn.Linear(d_model, 2 * self.n_heads * feature_dim, bias=False)
-        self.value = nn.Linear(d_model, d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.qk = Linear(d_model, 2 * self.n_heads * feature_dim, bias=False)
+        self.value = Linear(d_model, d_model, bias=False)
+        self.out = Linear(d_model, d_model, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -118,9 +118,9 @@ class BasedConv(Mixer):
         self.d_inner, self.residuals = round(expand * d_model), residuals
         if self.d_inner < 1:
             raise UsageError(f"expand must give at least one channel, not {expand}")
-        self.up = nn.Linear(d_model, 2 * self.d_inner)
+        self.up = Linear(d_model, 2 * self.d_inner)
         self.conv = ShortConvolution(self.d_inner, conv_kernel, activation="silu")
-        self.out = nn.Linear(self.d_inner, d_model)
+        self.out = Linear(self.d_inner, d_model)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

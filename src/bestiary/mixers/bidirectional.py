@@ -14,14 +14,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from bestiary import mixers, state
 from bestiary.errors import UsageError, unknown
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, NonCausal
 from bestiary.mixers.context import Context
-from bestiary.mixers.parts import gpt_init
+from bestiary.mixers.parts import Linear, gpt_init
 
 JOINS = ("sum", "average", "concat")
 
@@ -62,7 +62,7 @@ class Bidirectional(NonCausal):
         place = {"layer_index": layer_index, "n_layers": n_layers, "residuals": writers}
         self.ahead: Mixer = mixers.build(mixer, d_model, **place, **options)
         self.back: Mixer | None = None if tied else mixers.build(mixer, d_model, **place, **options)
-        self.out = nn.Linear(2 * d_model, d_model) if join == "concat" else None
+        self.out = Linear(2 * d_model, d_model) if join == "concat" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

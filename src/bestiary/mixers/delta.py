@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from bestiary import state
 from bestiary.mixers.base import Mixer, keep_real
 from bestiary.mixers.parts import (
+    Linear,
     RMSNorm,
     ShortConvolution,
     check_heads,
@@ -65,11 +66,11 @@ class DeltaMixer(Mixer):
         check_heads(self.n_value_heads, value_width=d_value)
         self.d_key, self.d_value, self.negative, self.n_steps = d_key, d_value, negative, n_steps
         self.widths = [d_key, n_steps * d_key, n_steps * d_value]
-        self.qkv = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.qkv = Linear(d_model, sum(self.widths), bias=False)
         self.conv = ShortConvolution(sum(self.widths), conv_kernel, activation="silu")
-        self.beta = nn.Linear(d_model, n_steps * self.n_value_heads, bias=False)
+        self.beta = Linear(d_model, n_steps * self.n_value_heads, bias=False)
         self.norm = RMSNorm(d_value // self.n_value_heads, eps=norm_eps)
-        self.out = nn.Linear(d_value, d_model, bias=False)
+        self.out = Linear(d_value, d_model, bias=False)
 
     def reset_parameters(self) -> None:
         for part in self.qkv.weight.split([self.d_key] * (1 + self.n_steps) + [self.d_value] * self.n_steps):
@@ -119,7 +120,7 @@ class ScalarDecay(nn.Module):
 
     def __init__(self, d_model: int, n_heads: int):
         super().__init__()
-        self.logits = nn.Linear(d_model, n_heads, bias=False)
+        self.logits = Linear(d_model, n_heads, bias=False)
         self.A_log, self.dt_bias = (nn.Parameter(torch.empty(n_heads)) for _ in range(2))
         no_weight_decay(self.A_log, self.dt_bias)
 

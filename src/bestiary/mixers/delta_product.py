@@ -11,7 +11,7 @@ them rotate, which a single one cannot. It is ops.delta_rule on a time n_steps a
 """
 
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from bestiary import ops
@@ -19,6 +19,7 @@ from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import keep_real
 from bestiary.mixers.delta import DeltaMixer, DeltaState, ScalarDecay
+from bestiary.mixers.parts import Linear
 
 
 @register("delta_product")
@@ -55,7 +56,7 @@ class DeltaProduct(DeltaMixer):
         )
         self.gated = gated
         self.decay = ScalarDecay(d_model, self.n_heads) if gated else None
-        self.gate = nn.Linear(d_model, self.d_value, bias=False)
+        self.gate = Linear(d_model, self.d_value, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

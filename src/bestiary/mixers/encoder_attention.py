@@ -9,14 +9,14 @@ It knows no order: the model adds learned positions to its inputs, or rotary=tru
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from bestiary import ops, state
 from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import NonCausal, real_steps
-from bestiary.mixers.parts import check_heads, check_rate, default_heads, gpt_init
+from bestiary.mixers.parts import Linear, check_heads, check_rate, default_heads, gpt_init
 
 
 @register("encoder_attention")
@@ -51,7 +51,7 @@ class EncoderAttention(NonCausal):
         if rotary and self.head_dim % 2:
             raise UsageError(f"rotary positions need an even head dimension, not {self.head_dim}")
         self.residuals = residuals
-        self.qkv, self.out = nn.Linear(d_model, 3 * d_model, bias=bias), nn.Linear(d_model, d_model, bias=bias)
+        self.qkv, self.out = Linear(d_model, 3 * d_model, bias=bias), Linear(d_model, d_model, bias=bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -9,12 +9,12 @@ A gate before the filter and one after, as in H3 and Hyena; `based_conv` has one
 from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from bestiary import state
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import ShortConvolution, gpt_init
+from bestiary.mixers.parts import Linear, ShortConvolution, gpt_init
 
 
 @state.register
@@ -37,9 +37,9 @@ class GatedConv(Mixer):
     def __init__(self, d_model: int, *, conv_kernel: int = 3, bias: bool = False, residuals: int = 1):
         super().__init__(d_model)
         self.residuals = residuals
-        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
+        self.in_proj = Linear(d_model, 3 * d_model, bias=bias)
         self.conv = ShortConvolution(d_model, conv_kernel, bias=bias)
-        self.out_proj = nn.Linear(d_model, d_model, bias=bias)
+        self.out_proj = Linear(d_model, d_model, bias=bias)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

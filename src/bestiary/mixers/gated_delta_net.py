@@ -8,12 +8,13 @@ y_t = W_o (RMSNorm(S_t^T q_t / sqrt(K)) * silu(W_g x_t))
 """
 
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from bestiary import ops
 from bestiary.mixers import register
 from bestiary.mixers.base import keep_real
 from bestiary.mixers.delta import DeltaMixer, DeltaState, ScalarDecay
+from bestiary.mixers.parts import Linear
 
 
 @register("gated_delta_net")
@@ -53,7 +54,7 @@ class GatedDeltaNet(DeltaMixer):
             norm_eps=norm_eps,
         )
         self.decay = ScalarDecay(d_model, self.n_value_heads)
-        self.gate = nn.Linear(d_model, self.d_value, bias=False)
+        self.gate = Linear(d_model, self.d_value, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

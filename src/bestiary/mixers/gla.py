@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from bestiary import ops, state
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
-from bestiary.mixers.parts import RMSNorm, check_heads, check_rate, xavier_init
+from bestiary.mixers.parts import Linear, RMSNorm, check_heads, check_rate, xavier_init
 
 
 @state.register
@@ -47,11 +47,11 @@ class GLA(Mixer):
         check_rate(gate_rank=gate_rank, tau=tau)
         self.n_heads, self.d_key, self.tau = n_heads, d_key, tau
         self.key_dim, self.value_dim = d_key // n_heads, d_model // n_heads
-        self.query, self.key = nn.Linear(d_model, d_key, bias=False), nn.Linear(d_model, d_key, bias=False)
-        self.value, self.gate = nn.Linear(d_model, d_model, bias=False), nn.Linear(d_model, d_model, bias=False)
-        self.decay_down, self.decay_up = nn.Linear(d_model, gate_rank, bias=False), nn.Linear(gate_rank, d_key)
+        self.query, self.key = Linear(d_model, d_key, bias=False), Linear(d_model, d_key, bias=False)
+        self.value, self.gate = Linear(d_model, d_model, bias=False), Linear(d_model, d_model, bias=False)
+        self.decay_down, self.decay_up = Linear(d_model, gate_rank, bias=False), Linear(gate_rank, d_key)
         self.norm = RMSNorm(self.value_dim, eps=1e-5)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.out = Linear(d_model, d_model, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from bestiary import ops, state
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
+from bestiary.mixers.parts import Linear
 
 
 @state.register
@@ -37,8 +38,8 @@ class GRU(Mixer):
 
     def __init__(self, d_model: int):
         super().__init__(d_model)
-        self.input = nn.Linear(d_model, 3 * d_model)
-        self.recurrent = nn.Linear(d_model, 3 * d_model)
+        self.input = Linear(d_model, 3 * d_model)
+        self.recurrent = Linear(d_model, 3 * d_model)
 
     def reset_parameters(self) -> None:
         self.input.reset_parameters()

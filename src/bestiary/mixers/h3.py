@@ -19,7 +19,7 @@ from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
 from bestiary.mixers.context import Context
-from bestiary.mixers.parts import gpt_init, no_weight_decay, time_gaps
+from bestiary.mixers.parts import Linear, gpt_init, no_weight_decay, time_gaps
 from bestiary.mixers.s4d import DiagonalSSM
 
 
@@ -48,11 +48,11 @@ class H3(Mixer):
         if head_dim < 1 or d_model % head_dim:
             raise UsageError(f"head_dim={head_dim} must divide d_model={d_model}")
         self.head_dim, self.n_heads, self.residuals = head_dim, d_model // head_dim, residuals
-        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.qkv = Linear(d_model, 3 * d_model)
         self.shift = nn.Parameter(torch.empty(d_model, d_state))  # lag 0 last, as in every short convolution
         self.shift_D = nn.Parameter(torch.empty(d_model))
         self.ssm = DiagonalSSM(self.n_heads, d_state, init="lin", rule="bilinear", shared=head_dim**2)
-        self.out = nn.Linear(d_model, d_model)
+        self.out = Linear(d_model, d_model)
         no_weight_decay(self.shift_D)
         self.reset_parameters()
 

@@ -22,7 +22,7 @@ from bestiary import ops, state
 from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import RMSNorm, gpt_init, no_weight_decay
+from bestiary.mixers.parts import Linear, RMSNorm, gpt_init, no_weight_decay
 
 
 @state.register
@@ -46,10 +46,10 @@ class HGRN(Mixer):
         self.d_inner, self.first_bound = round(expand * d_model), layer_index / n_layers
         if self.d_inner < 1:
             raise UsageError(f"expand must give at least one channel, not {expand}")
-        self.input, self.forget, self.gate = (nn.Linear(d_model, self.d_inner, bias=False) for _ in range(3))
+        self.input, self.forget, self.gate = (Linear(d_model, self.d_inner, bias=False) for _ in range(3))
         self.bound = nn.Parameter(torch.empty(self.d_inner)) if layer_index else None  # logit of gamma
         self.norm = RMSNorm(self.d_inner, eps=1e-5)
-        self.out = nn.Linear(self.d_inner, d_model, bias=False)
+        self.out = Linear(self.d_inner, d_model, bias=False)
         if self.bound is not None:
             no_weight_decay(self.bound)
         self.reset_parameters()

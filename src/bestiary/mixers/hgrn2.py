@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from bestiary import ops, state
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
-from bestiary.mixers.parts import RMSNorm, check_heads, default_heads, no_weight_decay, xavier_init
+from bestiary.mixers.parts import Linear, RMSNorm, check_heads, default_heads, no_weight_decay, xavier_init
 
 
 @state.register
@@ -47,7 +47,7 @@ class HGRN2(Mixer):
         self.n_heads = default_heads(d_model) if n_heads is None else n_heads
         check_heads(self.n_heads, d_model=d_model)
         self.head_dim, self.depth = d_model // self.n_heads, layer_index / n_layers
-        self.query, self.forget, self.value, self.out = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
+        self.query, self.forget, self.value, self.out = (Linear(d_model, d_model, bias=False) for _ in range(4))
         self.lower = nn.Parameter(torch.empty(d_model)) if layer_index else None
         self.norm = RMSNorm(d_model, eps=1e-5)
         if self.lower is not None:

@@ -20,7 +20,7 @@ from bestiary import ops, state
 from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
-from bestiary.mixers.parts import FullPrecision, Remembered, ShortConvolution, gpt_init, no_weight_decay
+from bestiary.mixers.parts import FullPrecision, Linear, Remembered, ShortConvolution, gpt_init, no_weight_decay
 
 
 @state.register
@@ -171,7 +171,7 @@ class Hyena(Mixer):
         super().__init__(d_model)
         self.l_max, self.residuals = l_max, residuals
         order = min(64, max(16, d_model // 8)) if filter_order is None else filter_order
-        self.in_proj = nn.Linear(d_model, 3 * d_model)
+        self.in_proj = Linear(d_model, 3 * d_model)
         self.conv = ShortConvolution(3 * d_model, conv_kernel, bias=True)
         self.filter = ImplicitFilter(
             d_model,
@@ -184,7 +184,7 @@ class Hyena(Mixer):
             trained_features=trained_features,
         )
         self.beta = nn.Parameter(torch.empty(d_model))
-        self.out_proj = nn.Linear(d_model, d_model)
+        self.out_proj = Linear(d_model, d_model)
         no_weight_decay(self.beta, *self.filter.parameters())
         self.reset_parameters()
 

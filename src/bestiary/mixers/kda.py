@@ -15,7 +15,7 @@ from bestiary import ops
 from bestiary.mixers import register
 from bestiary.mixers.base import keep_real
 from bestiary.mixers.delta import DeltaMixer, DeltaState, softplus_decay
-from bestiary.mixers.parts import check_rate, dt_bias_init, gpt_init, no_weight_decay
+from bestiary.mixers.parts import Linear, check_rate, dt_bias_init, gpt_init, no_weight_decay
 
 
 @register("kda")
@@ -46,12 +46,12 @@ class KDA(DeltaMixer):
         super().__init__(d_model, n_heads=n_heads, **widths, conv_kernel=conv_kernel, negative=negative)
         self.rank = self.d_value // self.n_heads if rank is None else rank
         check_rate(rank=self.rank)
-        self.decay_down = nn.Linear(d_model, self.rank, bias=False)
-        self.decay_up = nn.Linear(self.rank, self.d_key, bias=False)
+        self.decay_down = Linear(d_model, self.rank, bias=False)
+        self.decay_up = Linear(self.rank, self.d_key, bias=False)
         self.A_log = nn.Parameter(torch.empty(self.n_heads, 1))
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads, self.d_key // self.n_heads))
-        self.gate_down = nn.Linear(d_model, self.rank, bias=False)
-        self.gate_up = nn.Linear(self.rank, self.d_value, bias=False)
+        self.gate_down = Linear(d_model, self.rank, bias=False)
+        self.gate_up = Linear(self.rank, self.d_value, bias=False)
         no_weight_decay(self.A_log, self.dt_bias)
         self.reset_parameters()
 

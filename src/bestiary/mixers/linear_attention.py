@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from bestiary import ops, state
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
-from bestiary.mixers.parts import check_heads, default_heads
+from bestiary.mixers.parts import Linear, check_heads, default_heads
 
 
 @state.register
@@ -40,8 +40,8 @@ class LinearAttention(Mixer):
         self.n_heads = default_heads(d_model) if n_heads is None else n_heads
         check_heads(self.n_heads, d_model=d_model)
         self.head_dim, self.eps = d_model // self.n_heads, eps
-        self.qkv = nn.Linear(d_model, 3 * d_model, bias=False)
-        self.out = nn.Linear(d_model, d_model, bias=False)
+        self.qkv = Linear(d_model, 3 * d_model, bias=False)
+        self.out = Linear(d_model, d_model, bias=False)
 
     def reset_parameters(self) -> None:
         self.qkv.reset_parameters()

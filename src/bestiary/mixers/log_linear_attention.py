@@ -20,7 +20,15 @@ from torch.nn import functional as F
 from bestiary import ops, state
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import RMSNorm, ShortConvolution, check_rate, default_heads, dt_bias_init, no_weight_decay
+from bestiary.mixers.parts import (
+    Linear,
+    RMSNorm,
+    ShortConvolution,
+    check_rate,
+    default_heads,
+    dt_bias_init,
+    no_weight_decay,
+)
 
 
 @state.register
@@ -58,12 +66,12 @@ class LogLinearAttention(Mixer):
         check_rate(d_state=self.d_state, inner_width=self.d_inner, levels_beside_the_first=n_levels - 1)
         self.n_heads = default_heads(self.d_inner)
         self.widths = [self.d_inner, self.d_inner + 2 * self.d_state, self.n_heads, self.n_heads * n_levels]
-        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.in_proj = Linear(d_model, sum(self.widths), bias=False)
         self.conv = ShortConvolution(self.widths[1], conv_kernel, bias=True, activation="silu")
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(self.n_heads)) for _ in range(3))
         self.L = nn.Parameter(torch.empty(self.n_heads, n_levels))
         self.norm = RMSNorm(self.d_inner, eps=1e-5)
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.out_proj = Linear(self.d_inner, d_model, bias=False)
         no_weight_decay(self.dt_bias, self.A_log, self.D, self.L)
         self.reset_parameters()
 

@@ -19,7 +19,7 @@ from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
 from bestiary.mixers.context import Context
-from bestiary.mixers.parts import Remembered, no_weight_decay, slow_learners
+from bestiary.mixers.parts import Linear, Remembered, no_weight_decay, slow_learners
 
 
 @state.register
@@ -60,7 +60,7 @@ class LRU(Mixer):
         self.nu_log, self.theta_log, self.gamma_log = (nn.Parameter(torch.empty(n)) for _ in range(3))
         self.B, self.C = nn.Parameter(torch.empty(n, d_model, 2)), nn.Parameter(torch.empty(d_model, n, 2))
         self.D = nn.Parameter(torch.empty(d_model))
-        self.out = nn.Linear(d_model, 2 * d_model)
+        self.out = Linear(d_model, 2 * d_model)
         self.discrete = Remembered()
         slow_learners(self.nu_log, self.theta_log, self.gamma_log)
         no_weight_decay(self.D)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from bestiary import ops, state
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
+from bestiary.mixers.parts import Linear
 
 
 @state.register
@@ -40,8 +41,8 @@ class LSTM(Mixer):
     def __init__(self, d_model: int, *, forget_bias: float = 1.0):
         super().__init__(d_model)
         self.forget_bias = forget_bias
-        self.input = nn.Linear(d_model, 4 * d_model)
-        self.recurrent = nn.Linear(d_model, 4 * d_model, bias=False)
+        self.input = Linear(d_model, 4 * d_model)
+        self.recurrent = Linear(d_model, 4 * d_model, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()

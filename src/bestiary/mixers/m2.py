@@ -22,7 +22,7 @@ from bestiary.mixers import register
 from bestiary.mixers.base import NonCausal, check_lengths, keep_real
 from bestiary.mixers.context import Context
 from bestiary.mixers.hyena import ImplicitFilter
-from bestiary.mixers.parts import ShortConvolution, gpt_init, no_weight_decay, slow_learners
+from bestiary.mixers.parts import Linear, ShortConvolution, gpt_init, no_weight_decay, slow_learners
 from bestiary.ops.dispatch import wide
 
 
@@ -101,11 +101,11 @@ class M2(NonCausal):
             "trained_features": trained_features,
         }
         self.norm = nn.LayerNorm(d_model) if input_norm else None
-        self.in_proj = nn.Linear(d_model, 3 * d_model)
+        self.in_proj = Linear(d_model, 3 * d_model)
         self.conv = ShortConvolution(3 * d_model, conv_kernel, bias=True)
         self.long = TwoSidedConvolution(d_model, l_max, **network)
         self.residual = TwoSidedConvolution(d_model, l_max, **network) if residual_long_conv else None
-        self.out_proj = nn.Linear(d_model, d_model)
+        self.out_proj = Linear(d_model, d_model)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

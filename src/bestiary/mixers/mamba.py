@@ -22,7 +22,7 @@ from bestiary.errors import UsageError, unknown
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
 from bestiary.mixers.context import Context
-from bestiary.mixers.parts import RMSNorm, ShortConvolution, dt_bias_init, no_weight_decay, time_gaps
+from bestiary.mixers.parts import Linear, RMSNorm, ShortConvolution, dt_bias_init, no_weight_decay, time_gaps
 from bestiary.ops import ssm
 
 RULES = ("euler", *ssm.RULES)
@@ -81,17 +81,17 @@ class Mamba(Mixer):
         if discretisation not in RULES:
             raise unknown("discretisation", str(discretisation), RULES)
         self.discretisation, self.widths = discretisation, [self.dt_rank, d_state, d_state]
-        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self.in_proj = Linear(d_model, 2 * self.d_inner, bias=False)
         self.conv = ShortConvolution(self.d_inner, conv_kernel, bias=True, activation="silu")
-        self.x_proj = nn.Linear(self.d_inner, sum(self.widths), bias=False)
+        self.x_proj = Linear(self.d_inner, sum(self.widths), bias=False)
         self.norms = nn.ModuleList()
         if norm_dt_bc:
             weighted = norm_dt_bc == "weighted"
             self.norms.extend(RMSNorm(n, eps=norm_eps, elementwise_affine=weighted) for n in self.widths)
-        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        self.dt_proj = Linear(self.dt_rank, self.d_inner)
         self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state))
         self.D = nn.Parameter(torch.empty(self.d_inner))
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.out_proj = Linear(self.d_inner, d_model, bias=False)
         no_weight_decay(self.A_log, self.D, self.dt_proj.bias)
         self.reset_parameters()
 
@@ -126,7 +126,7 @@ class Mamba(Mixer):
         x, history = self.conv(x, state.history, lengths)
         parts = self.x_proj(x).split(self.widths, dim=-1)
         dt, B, C = (norm(part) for norm, part in zip(self.norms, parts)) if self.norms else parts
-        dt = nn.functional.linear(dt, self.dt_proj.weight)  # the bias is added in the precision of the state
+        dt = ops.linear(dt, self.dt_proj.weight)  # the bias is added in the precision of the state
         A = -self.A_log.to(state.h.dtype).exp()
         options: dict[str, Any] = {"dt_softplus": True, "discretisation": self.discretisation, "intervals": gaps}
         y, h = ops.selective_scan(

@@ -19,7 +19,7 @@ from bestiary import ops, state
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
 from bestiary.mixers.context import Context
-from bestiary.mixers.parts import ShortConvolution, dt_bias_init, expanded_heads, no_weight_decay, time_gaps
+from bestiary.mixers.parts import Linear, ShortConvolution, dt_bias_init, expanded_heads, no_weight_decay, time_gaps
 
 
 @state.register
@@ -64,13 +64,13 @@ class Mamba2(Mixer):
         self.head_dim, self.n_groups, self.residuals = head_dim, n_groups, residuals
         self.d_inner = self.n_heads * head_dim
         self.widths = [self.d_inner, self.d_inner + 2 * n_groups * self.d_state, self.n_heads]
-        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.in_proj = Linear(d_model, sum(self.widths), bias=False)
         self.conv = ShortConvolution(self.widths[1], conv_kernel, bias=True, activation="silu")
         self.dt_bias = nn.Parameter(torch.empty(self.n_heads))
         self.A_log = nn.Parameter(torch.empty(self.n_heads))
         self.D = nn.Parameter(torch.empty(self.n_heads))
         self.norm_weight = nn.Parameter(torch.empty(self.d_inner))
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.out_proj = Linear(self.d_inner, d_model, bias=False)
         no_weight_decay(self.dt_bias, self.A_log, self.D, self.norm_weight)
         self.reset_parameters()
 

@@ -9,7 +9,8 @@ y = W_out ((h_t^T q_t + D x_t) * silu(z_t))           heavy(a) = 1 + a where a >
 
 The trapezoidal rule writes a token twice, at its own step and at the next. So h_t = m_t + lambda_t dt_t k_t x_t^T,
 where m, all but the newest write, is a linear attention over the tokens before: step t takes in k_{t-1} x_{t-1}^T with
-the weight alpha_t (lambda_{t-1} dt_{t-1} + (1 - lambda_t) dt_t), and nobody looks ahead.
+the weight alpha_t (lambda_{t-1} dt_{t-1} + (1 - lambda_t) dt_t), and nobody looks ahead. What is remembered is m, and
+the newest write beside it, as key, value and weight.
 """
 
 import math
@@ -25,18 +26,19 @@ from bestiary.errors import UsageError, unknown
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
 from bestiary.mixers.context import Context
-from bestiary.mixers.parts import RMSNorm, dt_bias_init, expanded_heads, no_weight_decay, time_gaps, token_shift
+from bestiary.mixers.parts import Linear, RMSNorm, dt_bias_init, expanded_heads, no_weight_decay, time_gaps, token_shift
 from bestiary.ops.short_convolution import last_inputs
 
 
 @state.register
 class Mamba3State(NamedTuple):
-    """The angles, modulo 2 pi; h; the last key, turned, and the last value."""
+    """The angles, modulo 2 pi; m; the last step's key, turned, its value, and the weight of its own write."""
 
     angle: Float[Tensor, "batch heads angles"]
-    h: Float[Tensor, "batch heads d_state head_dim"]
+    memory: Float[Tensor, "batch heads d_state head_dim"]
     key: Float[Tensor, "batch heads d_state"]
     value: Float[Tensor, "batch heads head_dim"]
+    weight: Float[Tensor, "batch heads"]
 
 
 @register("mamba3")
@@ -81,11 +83,11 @@ class Mamba3(Mixer):
         self.n_groups, self.decay, self.residuals = n_groups, decay, residuals
         self.d_inner = self.n_heads * self.head_dim
         self.widths = [self.d_inner] * 2 + [n_groups * self.d_state] * 2 + [self.n_heads] * 3 + [self.n_angles]
-        self.in_proj = nn.Linear(d_model, sum(self.widths), bias=False)
+        self.in_proj = Linear(d_model, sum(self.widths), bias=False)
         self.dt_bias, self.D = (nn.Parameter(torch.empty(self.n_heads)) for _ in range(2))
         self.B_bias, self.C_bias = (nn.Parameter(torch.empty(self.n_heads, self.d_state)) for _ in range(2))
         self.B_norm, self.C_norm = (RMSNorm(self.d_state, eps=1e-5) for _ in range(2))
-        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self.out_proj = Linear(self.d_inner, d_model, bias=False)
         no_weight_decay(self.dt_bias, self.D, self.B_bias, self.C_bias)
         self.reset_parameters()
 
@@ -100,7 +102,7 @@ class Mamba3(Mixer):
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> Mamba3State:
         place: dict[str, Any] = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
-        shapes = [(self.n_angles,), (self.d_state, self.head_dim), (self.d_state,), (self.head_dim,)]
+        shapes = [(self.n_angles,), (self.d_state, self.head_dim), (self.d_state,), (self.head_dim,), ()]
         return Mamba3State(*(torch.zeros(batch_size, self.n_heads, *shape, **place) for shape in shapes))
 
     def mixing_flops(self, context: int) -> float:
@@ -114,8 +116,8 @@ class Mamba3(Mixer):
         lengths: Int[Tensor, " batch"] | None,
         context: Context,
     ) -> tuple[Float[Tensor, "batch time d_model"], Mamba3State]:
-        gaps = time_gaps(context, x, lengths, state.h.dtype)
-        parts = (part.to(state.h.dtype) for part in self.in_proj(x).split(self.widths, dim=-1))
+        gaps = time_gaps(context, x, lengths, state.memory.dtype)
+        parts = (part.to(state.memory.dtype) for part in self.in_proj(x).split(self.widths, dim=-1))
         z, v, B, C, dt, a, trap, theta = parts
         dt = F.softplus(dt + self.dt_bias.to(dt.dtype))
         dt = keep_real(dt if gaps is None else dt * gaps[..., None], lengths)  # padding takes no time
@@ -127,13 +129,11 @@ class Mamba3(Mixer):
         v = v.unflatten(-1, (self.n_heads, -1))
         last_k, key = token_shift(k, state.key, lengths)
         last_v, value = token_shift(v, state.value, lengths)
-        none = torch.zeros_like(state.h[..., 0, 0])  # what was written before the segment is in h already
-        before, newest = token_shift(now, none, lengths)
-        weight = keep_real(log_decay.exp() * (before + late), lengths)
-        o, m = ops.linear_attention(q, last_k, weight[..., None] * last_v, log_decay, scale=1.0, state=state.h)
+        last_now, weight = token_shift(now, state.weight, lengths)
+        taken = keep_real(log_decay.exp() * (last_now + late), lengths)
+        o, m = ops.linear_attention(q, last_k, taken[..., None] * last_v, log_decay, scale=1.0, state=state.memory)
         y = o + (now * (q * k).sum(-1) + self.D.to(now.dtype))[..., None] * v
-        h = m + (newest[..., None] * key)[..., None] * value[..., None, :]
-        end = Mamba3State(last_inputs(state.angle[:, None], angle, lengths)[:, 0], h, key, value)
+        end = Mamba3State(last_inputs(state.angle[:, None], angle, lengths)[:, 0], m, key, value, weight)
         return self.out_proj((y.flatten(-2) * F.silu(z)).to(x.dtype)), end
 
     def rate(self, a: Float[Tensor, "*batch heads"]) -> Float[Tensor, "*batch heads"]:

@@ -13,14 +13,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from bestiary import ops, state
 from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import no_weight_decay
+from bestiary.mixers.parts import Linear, no_weight_decay
 
 
 @state.register
@@ -40,8 +40,8 @@ class MinRNN(Mixer):
         self.d_inner, self.positive = round(expand * d_model), positive
         if self.d_inner < 1:
             raise UsageError(f"expand must give at least one channel, not {expand}")
-        self.input = nn.Linear(d_model, (1 + self.n_gates) * self.d_inner)
-        self.out = nn.Linear(self.d_inner, d_model, bias=False)
+        self.input = Linear(d_model, (1 + self.n_gates) * self.d_inner)
+        self.out = Linear(self.d_inner, d_model, bias=False)
         no_weight_decay(self.input.bias)
         self.reset_parameters()
 

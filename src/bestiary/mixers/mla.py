@@ -21,7 +21,7 @@ from bestiary import ops, state
 from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import RMSNorm, check_heads, check_rate, default_heads, gpt_init
+from bestiary.mixers.parts import Linear, RMSNorm, check_heads, check_rate, default_heads, gpt_init
 
 
 @state.register
@@ -78,13 +78,13 @@ class MLA(Mixer):
                 f"rope_dim={self.rope_dim} even"
             )
         self.rotary_base, self.residuals = rotary_base, residuals
-        self.q_down = None if q_rank is None else nn.Linear(d_model, q_rank, bias=False)
+        self.q_down = None if q_rank is None else Linear(d_model, q_rank, bias=False)
         self.q_norm = None if q_rank is None else RMSNorm(q_rank, eps=1e-6)
-        self.q_up = nn.Linear(d_query, self.n_heads * (self.head_dim + self.rope_dim), bias=False)
-        self.kv_down = nn.Linear(d_model, self.kv_rank + self.rope_dim, bias=False)
+        self.q_up = Linear(d_query, self.n_heads * (self.head_dim + self.rope_dim), bias=False)
+        self.kv_down = Linear(d_model, self.kv_rank + self.rope_dim, bias=False)
         self.kv_norm = RMSNorm(self.kv_rank, eps=1e-6)
-        self.kv_up = nn.Linear(self.kv_rank, 2 * self.n_heads * self.head_dim, bias=False)  # a head: W_UK, then W_UV
-        self.out = nn.Linear(self.n_heads * self.head_dim, d_model, bias=False)
+        self.kv_up = Linear(self.kv_rank, 2 * self.n_heads * self.head_dim, bias=False)  # a head: W_UK, then W_UV
+        self.out = Linear(self.n_heads * self.head_dim, d_model, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -132,7 +132,7 @@ class MLA(Mixer):
 
     def can_absorb(self) -> bool:
         """Whether kv_up is a plain matrix that can change sides; one that an adapter wraps is called as it is."""
-        plain = type(self.kv_up) is nn.Linear
+        plain = type(self.kv_up) in (Linear, nn.Linear)
         if not plain:
             warnings.warn("mla: kv_up is wrapped, so that every step expands all latents of the past", stacklevel=2)
         return plain

@@ -25,6 +25,7 @@ from bestiary.mixers.parts import (
     ForgetGate,
     HeadNorm,
     HeadwiseLinear,
+    Linear,
     ShortConvolution,
     check_heads,
     no_weight_decay,
@@ -72,15 +73,15 @@ class MLSTM(Mixer):
         check_heads(n_heads, inner_width=self.d_inner)
         if block < 1 or self.d_inner % block:
             raise UsageError(f"block={block} must divide the inner width {self.d_inner}")
-        self.up = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self.up = Linear(d_model, 2 * self.d_inner, bias=False)
         self.conv = ShortConvolution(self.d_inner, conv_kernel, bias=True, activation="silu")
         self.query, self.key, self.value = (
             HeadwiseLinear(self.d_inner, self.d_inner // block, d_model=d_model) for _ in range(3)
         )
-        self.input_gate, self.forget_gate = (nn.Linear(3 * self.d_inner, n_heads) for _ in range(2))
+        self.input_gate, self.forget_gate = (Linear(3 * self.d_inner, n_heads) for _ in range(2))
         self.norm = HeadNorm(n_heads, self.d_inner)
         self.skip = nn.Parameter(torch.empty(self.d_inner))
-        self.down = nn.Linear(self.d_inner, d_model, bias=False)
+        self.down = Linear(self.d_inner, d_model, bias=False)
         no_weight_decay(self.skip)
         self.reset_parameters()
 

@@ -1,5 +1,6 @@
 """What several mixers share beside an op: a short convolution with its weights, head counts, initialisations."""
 
+import ctypes
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -16,6 +17,13 @@ from bestiary.mixers.context import Context
 from bestiary.ops.short_convolution import last_inputs
 
 T = TypeVar("T")
+
+
+class Linear(nn.Linear):
+    """nn.Linear by `ops.linear`."""
+
+    def forward(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
+        return ops.linear(x, self.weight, self.bias)
 
 
 class ShortConvolution(nn.Module):
@@ -262,16 +270,28 @@ def slow_learners(*parameters: nn.Parameter, max_lr: float = 1e-3) -> None:
     no_weight_decay(*parameters)
 
 
-class Remembered:
+class Remembered(nn.Module):
     """A function of parameters that is computed anew only when they have changed; with gradients, always.
 
-    Decoding asks for the same filter at every step: computing it costs more than the step.
+    Decoding asks for the same filter at every step: computing it costs more than the step. Torch counts the changes of
+    a parameter, but not those through `.data`: these are seen in a few of its numbers, on a CPU, and `train()` and
+    `eval()` forget everything.
     """
 
     def __init__(self) -> None:
+        super().__init__()
+        self.forget()
+
+    def forget(self) -> None:
+        """Compute anew at the next call."""
         self.key: Any = None
         self.value: Any = None
         self.held: list[Tensor] = []
+        self.seen: list[bytes] = []
+
+    def train(self, mode: bool = True) -> "Remembered":
+        self.forget()
+        return super().train(mode)
 
     def get(self, parameters: Iterable[Tensor], compute: Callable[[], T], *also: Any) -> T:
         """`compute()`, or what it gave for the same parameters and the same further arguments."""
@@ -279,12 +299,14 @@ class Remembered:
             return compute()
         parameters = list(parameters)
         if torch.is_grad_enabled() or any(p.is_inference() for p in parameters):  # the latter do not count changes
-            self.key, self.value, self.held = None, None, []
+            self.forget()
             return compute()
         key = (*((p.data_ptr(), p._version, p.dtype, p.device) for p in parameters), also)
-        if key != self.key:
+        seen = [_sample(p) for p in parameters]
+        if key != self.key or seen != self.seen:
             # held: no other parameter can stand at their addresses as long as these are compared
-            self.key, self.value, self.held = key, compute(), [p.detach() for p in parameters]
+            self.value, self.held = compute(), [p.detach() for p in parameters]
+            self.key, self.seen = key, seen
         return self.value
 
     def __deepcopy__(self, memo: Any) -> "Remembered":
@@ -292,6 +314,19 @@ class Remembered:
 
     def __reduce__(self) -> Any:
         return Remembered, ()
+
+
+_SAMPLE = 32  # bytes at the start, in the middle and at the end of a parameter
+
+
+def _sample(parameter: Tensor) -> bytes:
+    """Some of a parameter's numbers, read in less time than any operation of torch takes."""
+    size = parameter.nbytes
+    plain = type(parameter) in (Tensor, nn.Parameter) and parameter.device.type == "cpu" and parameter.is_contiguous()
+    if not plain or not size:
+        return b""
+    address, length = parameter.data_ptr(), min(size, _SAMPLE)
+    return b"".join(ctypes.string_at(address + at, length) for at in (0, (size - length) // 2, size - length))
 
 
 def unit(x: Float[Tensor, "*batch channels"], eps: float = 1e-6) -> Float[Tensor, "*batch channels"]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bestiary import ops, state
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
-from bestiary.mixers.parts import RMSNorm, check_heads, check_rate, default_heads, xavier_init
+from bestiary.mixers.parts import Linear, RMSNorm, check_heads, check_rate, default_heads, xavier_init
 
 
 @state.register
@@ -47,10 +47,10 @@ class RetNet(Mixer):
         check_heads(self.n_heads, d_model=d_model, value_width=d_value)
         self.d_value, self.rotary_base = d_value, rotary_base
         self.key_dim, self.value_dim = d_model // self.n_heads, d_value // self.n_heads
-        self.qkv = nn.Linear(d_model, 2 * d_model + d_value, bias=False)
-        self.gate = nn.Linear(d_model, d_value, bias=False)
+        self.qkv = Linear(d_model, 2 * d_model + d_value, bias=False)
+        self.gate = Linear(d_model, d_value, bias=False)
         self.norm = RMSNorm(self.value_dim, eps=1e-6, elementwise_affine=False)
-        self.out = nn.Linear(d_value, d_model, bias=False)
+        self.out = Linear(d_value, d_model, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

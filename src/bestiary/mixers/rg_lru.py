@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from bestiary import ops, state
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import ShortConvolution, check_heads, default_heads, no_weight_decay
+from bestiary.mixers.parts import Linear, ShortConvolution, check_heads, default_heads, no_weight_decay
 
 C = 8.0
 
@@ -81,11 +81,11 @@ class RGLRU(Mixer):
         n_heads = default_heads(self.lru_width) if n_heads is None else n_heads
         check_heads(n_heads, lru_width=self.lru_width)
         self.unscaled_start, self.n_layers = unscaled_start, n_layers
-        self.input, self.gate = (nn.Linear(d_model, self.lru_width) for _ in range(2))
+        self.input, self.gate = (Linear(d_model, self.lru_width) for _ in range(2))
         self.conv = ShortConvolution(self.lru_width, conv_kernel, bias=True)
         self.recurrence_gate, self.input_gate = (BlockDiagonal(self.lru_width, n_heads) for _ in range(2))
         self.Lambda = nn.Parameter(torch.empty(self.lru_width))
-        self.out = nn.Linear(self.lru_width, d_model)
+        self.out = Linear(self.lru_width, d_model)
         no_weight_decay(self.Lambda)
         self.reset_parameters()
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bestiary import state
 from bestiary.errors import UsageError
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import HeadNorm, check_rate, default_heads, no_weight_decay
+from bestiary.mixers.parts import HeadNorm, Linear, check_rate, default_heads, no_weight_decay
 
 GN_EPS = 64e-5
 """RWKV-5 divides by 8 before a norm whose epsilon is 1e-5; 6 and 7 say the same as one epsilon, 8 * 8 * 1e-5."""
@@ -34,7 +34,7 @@ class LowRank(nn.Module):
 
     def __init__(self, d_model: int, rank: int, activation: Any = None):
         super().__init__()
-        self.down, self.up = nn.Linear(d_model, rank, bias=False), nn.Linear(rank, d_model, bias=False)
+        self.down, self.up = Linear(d_model, rank, bias=False), Linear(rank, d_model, bias=False)
         self.activation = activation
         no_weight_decay(*self.parameters())
 
@@ -65,7 +65,7 @@ class RWKVHeads(Mixer):
         self.layer_index, self.n_layers = layer_index, n_layers
         self.deep = layer_index / max(1, n_layers - 1)  # 0 in the first layer, 1 in the last
         self.shallow = 1 - layer_index / n_layers
-        self.receptance, self.key, self.value, self.output = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
+        self.receptance, self.key, self.value, self.output = (Linear(d_model, d_model, bias=False) for _ in range(4))
         self.ln_x = HeadNorm(self.n_heads, d_model, eps=gn_eps, bias=True)
         shape = (self.n_heads, self.head_size, self.head_size)
         self.first_memory = nn.Parameter(torch.empty(shape)) if train_state else None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bestiary import ops, state
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import no_weight_decay, orthogonal_init, token_shift
+from bestiary.mixers.parts import Linear, no_weight_decay, orthogonal_init, token_shift
 
 
 @state.register
@@ -42,7 +42,7 @@ class RWKV4(Mixer):
         self.layer_index, self.n_layers = layer_index, n_layers
         self.mix_k, self.mix_v, self.mix_r = (nn.Parameter(torch.empty(d_model)) for _ in range(3))
         self.time_decay, self.time_first = (nn.Parameter(torch.empty(d_model)) for _ in range(2))
-        self.key, self.value, self.receptance, self.output = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
+        self.key, self.value, self.receptance, self.output = (Linear(d_model, d_model, bias=False) for _ in range(4))
         no_weight_decay(self.mix_k, self.mix_v, self.mix_r, self.time_decay, self.time_first)
         self.time_decay._lr_scale = 2.0  # type: ignore[attr-defined]
         self.time_first._lr_scale = 3.0  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from bestiary import ops
 from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import keep_real
-from bestiary.mixers.parts import no_weight_decay, orthogonal_init, token_shift
+from bestiary.mixers.parts import Linear, no_weight_decay, orthogonal_init, token_shift
 from bestiary.mixers.rwkv import GN_EPS, RWKVHeads, RWKVState, bonus_init, decay_init
 
 
@@ -58,7 +58,7 @@ class RWKV5(RWKVHeads):
         else:
             shape = (self.n_heads, self.head_size)
             self.time_decay, self.bonus = (nn.Parameter(torch.empty(shape)) for _ in range(2))
-            self.mix_g, self.gate = nn.Parameter(torch.empty(d_model)), nn.Linear(d_model, d_model, bias=False)
+            self.mix_g, self.gate = nn.Parameter(torch.empty(d_model)), Linear(d_model, d_model, bias=False)
             no_weight_decay(self.time_decay, self.bonus)
         self.time_decay._lr_scale = 2.0  # type: ignore[attr-defined]
         self.reset_parameters()

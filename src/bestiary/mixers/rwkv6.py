@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from bestiary import ops
 from bestiary.mixers import register
 from bestiary.mixers.base import keep_real
-from bestiary.mixers.parts import check_rate, no_weight_decay, token_shift
+from bestiary.mixers.parts import Linear, check_rate, no_weight_decay, token_shift
 from bestiary.mixers.rwkv import GN_EPS, LowRank, RWKVHeads, RWKVState, bonus_init, decay_init
 
 
@@ -57,12 +57,12 @@ class RWKV6(RWKVHeads):
             nn.Parameter(torch.empty(d_model)),
             nn.Parameter(torch.empty(5, d_model)),
         )  # w, k, v, r, g
-        self.mix_down = nn.Linear(d_model, 5 * self.mix_rank, bias=False)
+        self.mix_down = Linear(d_model, 5 * self.mix_rank, bias=False)
         self.mix_up = nn.Parameter(torch.empty(5, self.mix_rank, d_model))
         self.time_decay = nn.Parameter(torch.empty(d_model))
         self.decay = LowRank(d_model, decay_rank, torch.tanh)
         self.bonus = nn.Parameter(torch.empty(self.n_heads, self.head_size))
-        self.gate = nn.Linear(d_model, d_model, bias=False)
+        self.gate = Linear(d_model, d_model, bias=False)
         no_weight_decay(self.maa, *self.mix_down.parameters(), self.mix_up, self.bonus)
         self.time_decay._lr_scale = 2.0  # type: ignore[attr-defined]
         self.reset_parameters()

@@ -22,7 +22,7 @@ from bestiary.errors import UsageError
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
 from bestiary.mixers.context import Context
-from bestiary.mixers.parts import Remembered, no_weight_decay, slow_learners, time_gaps
+from bestiary.mixers.parts import Linear, Remembered, no_weight_decay, slow_learners, time_gaps
 from bestiary.ops import ssm
 
 
@@ -53,7 +53,7 @@ class S4(Mixer):
         self.log_A_real, self.A_imag = (nn.Parameter(torch.empty(d_model, d_state // 2)) for _ in range(2))
         self.P, self.B, self.C = (nn.Parameter(torch.empty(d_model, d_state // 2, 2)) for _ in range(3))
         self.D = nn.Parameter(torch.empty(d_model))
-        self.out = nn.Linear(d_model, 2 * d_model)
+        self.out = Linear(d_model, 2 * d_model)
         slow_learners(self.log_dt, self.log_A_real, self.A_imag, self.P, self.B)
         no_weight_decay(self.D)
         self.discrete = Remembered()

@@ -22,7 +22,7 @@ from bestiary.errors import UsageError, unknown
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
 from bestiary.mixers.context import Context
-from bestiary.mixers.parts import Remembered, no_weight_decay, slow_learners, time_gaps
+from bestiary.mixers.parts import Linear, Remembered, no_weight_decay, slow_learners, time_gaps
 from bestiary.ops import ssm
 
 
@@ -140,7 +140,7 @@ class S4D(Mixer):
     def __init__(self, d_model: int, *, d_state: int = 64, init: str = "lin", rule: str = "zoh"):
         super().__init__(d_model)
         self.ssm = DiagonalSSM(d_model, d_state, init=init, rule=rule)
-        self.out = nn.Linear(d_model, 2 * d_model)
+        self.out = Linear(d_model, 2 * d_model)
 
     def reset_parameters(self) -> None:
         self.ssm.reset_parameters()

@@ -23,7 +23,7 @@ from bestiary.errors import UsageError, unknown
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
 from bestiary.mixers.context import Context
-from bestiary.mixers.parts import Remembered, no_weight_decay, slow_learners, time_gaps
+from bestiary.mixers.parts import Linear, Remembered, no_weight_decay, slow_learners, time_gaps
 from bestiary.ops import ssm
 
 
@@ -59,7 +59,7 @@ class S5(Mixer):
         self.log_dt, self.log_A_real, self.A_imag = (nn.Parameter(torch.empty(half)) for _ in range(3))
         self.B, self.C = nn.Parameter(torch.empty(half, d_model, 2)), nn.Parameter(torch.empty(d_model, half, 2))
         self.D = nn.Parameter(torch.empty(d_model))
-        self.gate = nn.Linear(d_model, d_model)
+        self.gate = Linear(d_model, d_model)
         self.discrete = Remembered()
         slow_learners(self.log_dt, self.log_A_real, self.A_imag, self.B)
         no_weight_decay(self.D)

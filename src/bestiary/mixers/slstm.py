@@ -83,10 +83,10 @@ class SLSTM(Mixer):
 
     def initial_state(self, batch_size: int, *, device: Any = None, dtype: Any = None) -> SLSTMState:
         place: dict[str, Any] = {"device": self.own_device(device), "dtype": self.own_dtype(dtype)}
-        zeros = [torch.zeros(batch_size, self.n_heads, self.head_dim, **place) for _ in range(3)]
+        h, c, n = (torch.zeros(batch_size, self.n_heads, self.head_dim, **place) for _ in range(3))
         taps = 0 if self.conv is None else self.conv.weight.shape[1] - 1
         history = torch.zeros(batch_size, taps, self.d_model, **place)
-        return SLSTMState(history, *zeros, torch.full_like(zeros[0], SMALLEST))
+        return SLSTMState(history, h, c, n, torch.full_like(h, SMALLEST))
 
     def mixing_flops(self, context: int) -> float:
         maps = self.input_forget.flops() + self.cell_output.flops() + 2 * self.recurrent.numel()

@@ -28,6 +28,7 @@ from bestiary.mixers import register
 from bestiary.mixers.base import Mixer, keep_real
 from bestiary.mixers.parts import (
     FullPrecision,
+    Linear,
     Remembered,
     ShortConvolution,
     check_heads,
@@ -97,10 +98,10 @@ class GatedOperator(Mixer):
         super().__init__(d_model)
         check_heads(n_heads, d_model=d_model)
         self.n_heads, self.residuals = n_heads, residuals
-        self.in_proj = nn.Linear(d_model, 3 * d_model, bias=bias)
+        self.in_proj = Linear(d_model, 3 * d_model, bias=bias)
         self.conv = ShortConvolution(3 * d_model, conv_kernel, bias=bias)
         self.filter = filter
-        self.out_proj = nn.Linear(d_model, d_model)
+        self.out_proj = Linear(d_model, d_model)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

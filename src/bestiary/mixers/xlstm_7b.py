@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from bestiary import ops
 from bestiary.mixers import register
 from bestiary.mixers.base import Mixer
-from bestiary.mixers.parts import HeadNorm, check_heads, check_rate, small_init
+from bestiary.mixers.parts import HeadNorm, Linear, check_heads, check_rate, small_init
 
 
 @register("xlstm_7b")
@@ -53,10 +53,10 @@ class XLSTM7B(Mixer):
         check_rate(norm_eps=norm_eps, gate_cap=math.inf if gate_cap is None else gate_cap)
         self.n_heads, self.gate_cap, self.n_layers = n_heads, gate_cap, n_layers
         self.widths = [d_key, d_key, d_value, d_value]
-        self.qkvo = nn.Linear(d_model, sum(self.widths), bias=False)
-        self.gates = nn.Linear(d_model, 2 * n_heads)  # input, forget
+        self.qkvo = Linear(d_model, sum(self.widths), bias=False)
+        self.gates = Linear(d_model, 2 * n_heads)  # input, forget
         self.norm = HeadNorm(n_heads, d_value, eps=norm_eps)
-        self.out = nn.Linear(d_value, d_model, bias=False)
+        self.out = Linear(d_value, d_model, bias=False)
         self.reset_parameters()
 
     @torch.no_grad()

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from bestiary import state as states
 from bestiary.errors import UsageError
 from bestiary.mixers import Context
-from bestiary.mixers.parts import gpt_init
+from bestiary.mixers.parts import Linear, gpt_init
 from bestiary.models.encoder_config import ClassifierConfig, EncoderConfig, ImageConfig
 from bestiary.models.encoder_stack import Encoder
 from bestiary.models.loss import linear_cross_entropy
@@ -57,8 +57,8 @@ class MaskedLanguageModel(EncoderModel):
         super().__init__(config)
         if config.vocab_size is None:
             raise UsageError("a masked language model reads tokens: give vocab_size, not features")
-        self.dense, self.norm = nn.Linear(config.d_model, config.d_model), make_norm(config)
-        self.decoder = nn.Linear(config.d_model, config.vocab_size)
+        self.dense, self.norm = Linear(config.d_model, config.d_model), make_norm(config)
+        self.decoder = Linear(config.d_model, config.vocab_size)
         gpt_init(self.dense, config.d_model)
         nn.init.zeros_(self.decoder.bias)
         self.decoder.weight = self.encoder.embedding.weight
@@ -94,7 +94,7 @@ class SequenceClassifier(EncoderModel):
     def __init__(self, config: ClassifierConfig):
         super().__init__(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(config.d_model, config.n_classes)
+        self.head = Linear(config.d_model, config.n_classes)
         gpt_init(self.head, config.d_model)
 
     @staticmethod

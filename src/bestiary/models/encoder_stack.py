@@ -19,6 +19,7 @@ from bestiary.errors import UsageError
 from bestiary.mixers import Context
 from bestiary.mixers.base import check_lengths, keep_real, numbers_at_hand, real_steps
 from bestiary.mixers.context import unpack
+from bestiary.mixers.parts import Linear
 from bestiary.models.encoder_config import EncoderConfig
 from bestiary.models.layout import Layer, build_blocks
 from bestiary.models.norms import make_norm
@@ -66,7 +67,7 @@ class Encoder(nn.Module):
             nn.init.normal_(self.embedding.weight, std=std)
         else:
             assert config.features is not None  # the configuration has one of the two
-            self.embedding = nn.Linear(config.features, d_model)
+            self.embedding = Linear(config.features, d_model)
             nn.init.normal_(self.embedding.weight, std=std * config.features**-0.5)  # as large as positions
             nn.init.zeros_(self.embedding.bias)
         self.positions = nn.Embedding(config.max_length, d_model) if config.max_length else None

@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from bestiary import ops
 from bestiary.mixers.base import numbers_at_hand
+from bestiary.mixers.parts import Linear
 
 CHUNK_ELEMENTS = 1 << 24  # logits in memory at a time: 64 MiB in fp32; a product of few rows is a slow one
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """The map from the last hidden vectors to logits, without a bias.
 
     Args:
@@ -57,7 +58,9 @@ def linear_cross_entropy(
     counted = (targets >= 0).to(torch.promote_types(hidden.dtype, torch.float32))
     weights = counted if weights is None else weights.to(counted.dtype) * counted
     weights = weights / weights.sum().clamp(min=torch.finfo(weights.dtype).tiny)
-    return _LinearCrossEntropy.apply(hidden, head, targets, weights, bias, cap)
+    # within the function gradients are off, and parameters ask for them in evaluation too
+    with_gradient = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, head, bias))
+    return _LinearCrossEntropy.apply(hidden, head, targets, weights, bias, cap, with_gradient)
 
 
 @torch.no_grad()
@@ -92,7 +95,7 @@ def _matmul_dtype(hidden: Tensor) -> torch.dtype:
 def _logits(hidden: Tensor, head: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
     """Logits in fp32 at least."""
     dtype = _matmul_dtype(hidden)
-    logits = (hidden.to(dtype) @ head.to(dtype).T).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits = ops.linear(hidden.to(dtype), head.to(dtype)).to(torch.promote_types(hidden.dtype, torch.float32))
     logits = logits if bias is None else logits + bias
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
@@ -107,9 +110,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weights: Tensor,
         bias: Tensor | None,
         cap: float | None,
+        with_gradient: bool,
     ) -> Tensor:
         total = weights.new_zeros(())
-        with_gradient = any(x is not None and x.requires_grad for x in (hidden, head, bias))
         d_hidden = torch.empty_like(hidden) if with_gradient else None
         d_head = torch.empty_like(head, dtype=weights.dtype) if with_gradient else None
         d_bias = torch.zeros_like(bias, dtype=weights.dtype) if with_gradient and bias is not None else None
@@ -120,7 +123,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden.shape[0], size):
                 rows = slice(start, start + size)
                 h, t, w = hidden[rows].to(dtype), targets[rows], weights[rows]
-                logits = (h @ table.T).to(weights.dtype)
+                logits = ops.linear(h, table).to(weights.dtype)
                 logits = logits if bias is None else logits.add_(bias)
                 logits = logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
                 slope = None if cap is None or d_hidden is None else 1 - (logits / cap).square_()
@@ -144,9 +147,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None, Tensor | None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (factor,), parts = gradients, ctx.saved_tensors
         if not numbers_at_hand(factor) or factor != 1:  # the head's gradient is large: no copy for nothing
             parts = [saved * factor.to(saved.dtype) for saved in parts]
         d_hidden, d_head, *rest = parts
-        return d_hidden, d_head, None, None, rest[0] if rest else None, None
+        return d_hidden, d_head, None, None, rest[0] if rest else None, None, None

@@ -5,6 +5,8 @@ go through a kernel that reads each weight once; prompts go through dense produc
 """
 
 import copy
+import types
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from bestiary.decoding import Decoder
 from bestiary.errors import UsageError
 from bestiary.mixers.base import Mixer
+from bestiary.mixers.parts import Linear, Remembered
 from bestiary.models.loss import Head, logit_nats
 from bestiary.ops.native.matvec import PackedMatrix
 
@@ -66,20 +69,21 @@ class PackedEmbedding(Packed):
     """A table that is packed, perhaps as the head's matrix: rows are unpacked as they are asked for."""
 
     def forward(self, tokens: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch d_model"]:
-        rows = [self.matrix.rows(token, 1) for token in tokens.flatten().tolist()]
-        table = torch.cat(rows) if rows else self.weight.new_empty(0, self.matrix.shape[1])
-        return table.reshape(*tokens.shape, -1)
+        return self.matrix.gather(tokens)
 
 
 def packed(model: "LanguageModel", weights: str, read: Read | None = None) -> "LanguageModel":
     """A model that computes what `model` does, with packed weights; it can be neither trained nor saved.
+
+    It shares no numbers and no hooks with `model`, which may go on to change.
 
     Args:
         weights: "fp32", "bf16", "int8" or "int4"; all but the first round the weights.
         read: gives each parameter by its name, once; the model may then be one on the meta device, without numbers. One
             tensor at a time is held unrounded, so a model needs little more memory than its packed weights.
 
-    Raises UsageError where there are no compiled kernels, or the model is not on the CPU.
+    Raises UsageError where there are no compiled kernels, or the model is not on the CPU. Warns of each linear map that
+    an adapter, a hook or a parametrisation took over: it runs as it is.
     """
     if any(isinstance(module, Packed) for module in model.modules()):
         raise UsageError("this model is packed already: pack the one that it was made of")
@@ -88,7 +92,11 @@ def packed(model: "LanguageModel", weights: str, read: Read | None = None) -> "L
             raise UsageError("packed weights are for the CPU: move the model there first, with model.cpu()")
         parameters = dict(model.named_parameters())
         read = parameters.__getitem__
-    return _Packing(model, weights, read).result()
+    packing = _Packing(model, weights, read)
+    result = packing.result()
+    for note in packing.notes:
+        warnings.warn(note, stacklevel=3)
+    return result
 
 
 def check_plain(model: nn.Module) -> None:
@@ -103,6 +111,31 @@ def nbytes(model: nn.Module) -> int:
     return sum(p.nbytes for p in model.parameters()) + sum(matrix.nbytes for matrix in matrices.values())
 
 
+PACKABLE: tuple[type[nn.Module], ...] = (nn.Linear, Linear, Head)
+"""Linear maps whose forward pass is known: these classes alone, and none that is derived from them."""
+
+
+def _why_not(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str | None:
+    """Why a module may compute something else than its class does, or is of another class; None where it is known."""
+    if type(module) not in kinds:
+        return f"it is a {type(module).__name__}, not a {' or '.join(kind.__name__ for kind in kinds)} itself"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "it has hooks"
+    return "its forward pass was replaced" if "forward" in vars(module) else None
+
+
+def _copied(module: Any) -> Any:
+    """A module with the same attributes, its collections (of hooks, too) copied; parametrised ones refuse copy.copy."""
+    if isinstance(module, Remembered):
+        return Remembered()
+    clone = module.__new__(type(module))
+    for name, value in vars(module).items():
+        if isinstance(value, types.MethodType) and value.__self__ is module:  # a method that was put on this module
+            value = types.MethodType(value.__func__, clone)
+        vars(clone)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+    return clone
+
+
 class _Packing:
     """One model on its way: its parameters' names, and what is packed already (layers may share it)."""
 
@@ -111,35 +144,52 @@ class _Packing:
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.modules: dict[int, Any] = {}
         self.parameters: dict[int, nn.Parameter] = {}
+        self.buffers: dict[int, Tensor] = {}
+        self.notes: list[str] = []
 
     def result(self) -> "LanguageModel":
-        config = self.model.config
-        if not config.tie_embeddings:  # rows are looked up, not multiplied: bf16 costs little
-            form = self.weights if self.weights in ("fp32", "bf16") else "bf16"
-            table = PackedMatrix(self._read(self.model.embedding.weight), form)
-            self.modules[id(self.model.embedding)] = PackedEmbedding(table)
-        else:
-            self.modules[id(self.model.embedding)] = None  # until the head, which it is, is packed
+        embedding = self.model.embedding
+        known = self._known("embedding", embedding, (nn.Embedding,))
+        if known:
+            self.modules[id(embedding)] = None  # until the head, which it may be, is packed
         result = self.convert(self.model).eval()
-        if config.tie_embeddings:
-            result.embedding = PackedEmbedding(result.head.matrix)
+        if known:
+            shared = isinstance(result.head, PackedHead) and self.model.head.weight is embedding.weight
+            result.embedding = PackedEmbedding(result.head.matrix if shared else self._table(embedding.weight))
         result.requires_grad_(False)
         result.decoder = Decoder(result)
         return result
 
-    def convert(self, module: Any) -> Any:
+    def convert(self, module: Any, prefix: str = "") -> Any:
         """A copy of a module whose linear maps are packed and whose other parameters are in fp32."""
-        clone = copy.copy(module)
-        clone._parameters, clone._buffers, clone._modules = {}, dict(module._buffers), {}
+        clone = _copied(module)
+        clone._parameters, clone._buffers, clone._modules = {}, {}, {}
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in self.buffers:
+                self.buffers[id(buffer)] = buffer.detach().clone()
+            clone._buffers[name] = None if buffer is None else self.buffers[id(buffer)]
         for name, parameter in module._parameters.items():
             clone._parameters[name] = None if parameter is None else self._wide(parameter)
         kept = module.unpacked if isinstance(module, Mixer) else ()
         for name, child in module._modules.items():
             if child is not None and id(child) not in self.modules:
+                full = prefix + name
                 linear = isinstance(child, nn.Linear) and name not in kept and not getattr(child, "is_filter", False)
-                self.modules[id(child)] = self._pack(child) if linear else self.convert(child)
+                known = linear and self._known(full, child, PACKABLE)
+                self.modules[id(child)] = self._pack(child) if known else self.convert(child, full + ".")
             clone._modules[name] = None if child is None else self.modules[id(child)]
         return clone
+
+    def _known(self, name: str, module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> bool:
+        """Whether a module can be packed; one that an adapter took over is said to stay as it is."""
+        why_not = _why_not(module, kinds)
+        if why_not is not None:
+            self.notes.append(f"{name} is not packed but runs as it is, in fp32: {why_not}")
+        return why_not is None
+
+    def _table(self, weight: Tensor) -> PackedMatrix:
+        """An embedding of its own: its rows are looked up, not multiplied, so that bf16 costs little."""
+        return PackedMatrix(self._read(weight), self.weights if self.weights in ("fp32", "bf16") else "bf16")
 
     def _pack(self, linear: Any) -> PackedLinear:
         bias = None if linear.bias is None else self._read(linear.bias)
@@ -151,5 +201,6 @@ class _Packing:
 
     def _wide(self, parameter: nn.Parameter) -> nn.Parameter:
         if id(parameter) not in self.parameters:
-            self.parameters[id(parameter)] = nn.Parameter(self._read(parameter).float(), requires_grad=False)
+            own = self._read(parameter).to(torch.float32, copy=True)
+            self.parameters[id(parameter)] = nn.Parameter(own, requires_grad=False)
         return self.parameters[id(parameter)]

@@ -6,6 +6,7 @@ from bestiary.ops.delta_rule import delta_rule, dplr
 from bestiary.ops.dispatch import active, full_precision, use
 from bestiary.ops.fft_convolution import Filter
 from bestiary.ops.irregular_ssm import irregular_diagonal_ssm, irregular_dplr_ssm
+from bestiary.ops.linear import linear
 from bestiary.ops.linear_attention import linear_attention
 from bestiary.ops.linear_recurrence import linear_recurrence
 from bestiary.ops.log_linear_attention import FenwickState, empty_fenwick, log_linear_attention
@@ -51,6 +52,7 @@ __all__ = [
     "impulse_response",
     "irregular_diagonal_ssm",
     "irregular_dplr_ssm",
+    "linear",
     "linear_attention",
     "linear_recurrence",
     "log_linear_attention",

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from bestiary.errors import UsageError
 from bestiary.ops import dispatch
 from bestiary.ops.native.cross_entropy import cross_entropy as kernel
 
@@ -27,9 +28,25 @@ def cross_entropy(
         weights: of the rows, in the gradient; None for ones.
         gradient: whether the logits become the gradient of the weighted sum of the nats, in their own memory.
     """
+    if gradient and _overlap(logits):
+        raise UsageError(
+            "cross_entropy: rows of logits that share memory cannot become their gradient: clone them first"
+        )
     if dispatch.compiled("cross_entropy", logits, weights, why_not=_why_not(logits)):
         return kernel(logits, targets, weights, gradient)
     return dispatch.choose("cross_entropy", time=logits.shape[0])(logits, targets, weights, gradient)
+
+
+def _overlap(logits: Tensor) -> bool:
+    """Whether two numbers have one place: rows that were expanded, or that begin before the one before has ended."""
+    if torch.compiler.is_compiling() or not logits.numel():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(logits.stride(), logits.shape)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _why_not(logits: Tensor) -> str | None:

@@ -17,24 +17,33 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from bestiary.errors import UsageError, unknown
 from bestiary.ops import backends
 from bestiary.ops.native import library
 
 _NATIVE = "native"
-_compiled: set[str] = set()
+_compiled: dict[str, tuple[str, Callable[[], tuple[Any, str]]]] = {}
 _forms: dict[str, dict[str, Callable[..., Any]]] = {}
+_own_backward: set[tuple[str, str]] = set()
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced_form", default=None)
 _forced_last: str | None = None
 """What `use` last set or restored, in any thread: torch.compile reads no context variable, but guards this."""
 
 
-def form(op: str, name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: registers a function as the form `name` of the op `op`."""
+def form(op: str, name: str, *, own_backward: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: registers a function as the form `name` of the op `op`.
+
+    Args:
+        own_backward: whether it has a backward pass of its own, which transforms of torch.func and forward-mode
+            derivatives do not pass: the definition takes its place there.
+    """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
         _forms.setdefault(op, {})[name] = function
+        if own_backward:
+            _own_backward.add((op, name))
         return function
 
     return add
@@ -47,8 +56,10 @@ def choose(op: str, *, time: int, like: torch.Tensor | None = None) -> Callable[
         like: a tensor with the device and the dtype of the caller, by which another library's function is chosen; None
             where the op has none, or must not use it. Code that torch.compile traces never does: it cannot trace them.
     """
-    own = _forms[op][_choice(op, time, kernels=False)[0]]
-    forced = _forced_form()
+    name, forced = _choice(op, time, kernels=False)[0], forced_form()
+    if forced is None and (op, name) in _own_backward and _transformed() is not None:
+        name = "reference"
+    own = _forms[op][name]
     if (
         like is None
         or torch.compiler.is_compiling()
@@ -58,9 +69,19 @@ def choose(op: str, *, time: int, like: torch.Tensor | None = None) -> Callable[
     return backends.route(op, own, like, forced)
 
 
-def has_kernel(op: str) -> None:
-    """Registers that an op has a compiled kernel, which it asks `compiled` about."""
-    _compiled.add(op)
+def has_kernel(op: str, name: str = _NATIVE, load: Callable[[], tuple[Any, str]] | None = None) -> None:
+    """Registers that an op has a compiled kernel, which it asks `compiled` about.
+
+    Args:
+        name: what the form is called, where the kernel is not one of ours.
+        load: gives that kernel, or None, and why.
+    """
+    _compiled[op] = name, load or _ours
+
+
+def _ours() -> tuple[Any, str]:
+    found, why = library.load()
+    return found, f"{why}; for fp32 and half precision on the CPU, else plain PyTorch"
 
 
 def compiled(op: str, *tensors: torch.Tensor | None, why_not: str | None = None, worth: bool = True) -> bool:
@@ -72,25 +93,41 @@ def compiled(op: str, *tensors: torch.Tensor | None, why_not: str | None = None,
 
     Raises UsageError where `use("native")` forces it and it cannot run.
     """
-    forced = _forced_form()
+    forced = forced_form()
     if forced not in (None, _NATIVE):
         return False
-    why_not = why_not or library.refuses(*tensors)
+    why_not = why_not or _transformed() or library.refuses(*tensors)
     if forced == _NATIVE and why_not is not None:
         raise UsageError(f"op {op} has no compiled form here: {why_not}")
     return why_not is None and (worth or forced == _NATIVE)
 
 
-def _forced_form() -> str | None:
+@torch.compiler.assume_constant_result
+def _transformed() -> str | None:
+    """Why no kernel may run whatever the tensors are: kernels know reverse-mode derivatives alone.
+
+    A forward-mode derivative through one would be zero without a word. Code made by torch.compile asks anew: it guards
+    what this reads.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "transforms of torch.func do not reach into kernels"
+    if forward_ad._current_level >= 0:
+        return "kernels have no forward-mode derivatives"
+    return None
+
+
+def forced_form() -> str | None:
+    """The form that `use` forces here, None for none."""
     return _forced_last if torch.compiler.is_compiling() else _forced.get()
 
 
 def _choice(op: str, time: int, *, kernels: bool = True) -> tuple[str, str]:
-    forced = _forced_form()
+    forced = forced_form()
     if kernels and op in _compiled and forced in (None, _NATIVE):
-        found, why = library.load()
+        name, load = _compiled[op]
+        found, why = load()
         if found is not None:
-            return _NATIVE, f"{why}; for fp32 and half precision on the CPU, else plain PyTorch"
+            return name, why
     if forced in backends.LIBRARIES and kernels and any(b.library.name == forced for b in backends.TABLE.get(op, ())):
         return forced, 'chosen by bestiary.ops.use("' + forced + '")'
     if forced == _NATIVE or forced in backends.LIBRARIES:

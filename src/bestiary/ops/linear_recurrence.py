@@ -66,7 +66,7 @@ def recurrent(decay: Tensor, write: Tensor, state: Tensor) -> tuple[Tensor, Tens
     return (torch.stack(found, dim=1) if found else torch.zeros_like(write)), state
 
 
-@dispatch.form("linear_recurrence", "torch")
+@dispatch.form("linear_recurrence", "torch", own_backward=True)
 def scanned(decay: Tensor, write: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
     """The same steps in place, with a backward pass that runs the recurrence in reverse."""
     (batch, time), channels = write.shape[:2], math.prod(write.shape[2:])

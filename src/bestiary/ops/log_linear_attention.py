@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bestiary import state as states
 from bestiary.ops import decay, dispatch
+from bestiary.ops.native import traced
 
 CHUNK = 64
 
@@ -54,6 +55,9 @@ def log_linear_attention(
         sizes = v.shape[0], weights.shape[3] - 1, v.shape[2], k.shape[3], v.shape[3]
         state = empty_fenwick(*sizes, dtype=dispatch.wide(q.dtype, k.dtype, v.dtype), device=v.device)
     scale = k.shape[3] ** -0.5 if scale is None else scale
+    if traced.active():
+        o, *after = torch.ops.bestiary.log_linear(q, k, v, log_decay, weights, *state, scale)
+        return o, FenwickState(*after)
     lengths = torch.full_like(state.position, v.shape[1]) if lengths is None else lengths
     with dispatch.full_precision(v):
         wide = [x.to(state.memory.dtype) for x in (q * scale, k, v, log_decay, weights)]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from bestiary.ops import dispatch
 from bestiary.ops.native import traced
+from bestiary.ops.native.library import check_shapes
 from bestiary.ops.native.norm import rms_norm as kernel
 
 dispatch.has_kernel("rms_norm")
@@ -32,9 +33,15 @@ def rms_norm(
         gate: of x's shape, before its SiLU.
         gate_first: whether the gate is applied before the norm.
     """
+    if weight is not None:
+        one = weight.ndim > 1 and weight.shape[:-1].numel() == 1  # a group alone is that of all
+        shape = (*weight.shape[:-1], x.shape[-1]) if one else x.shape[-weight.ndim :]
+        check_shapes("rms_norm", ("weight", weight, tuple(shape)))
+    check_shapes("rms_norm", ("gate", gate, tuple(x.shape)))
     dtype = dispatch.wide(x.dtype, x.dtype if weight is None else weight.dtype)
     wide, scales, gates = x.to(dtype), *(t if t is None else t.to(dtype) for t in (weight, gate))
-    if not traced.active() and dispatch.compiled("rms_norm", wide, worth=x.numel() >= FEW):
+    none = None if x.shape[-1] else "there are no channels"
+    if not traced.active() and dispatch.compiled("rms_norm", wide, why_not=none, worth=x.numel() >= FEW):
         scales = None if scales is None else scales.reshape(-1, x.shape[-1])
         return kernel(wide, scales, gates, eps, gate_first).to(x.dtype)
     return dispatch.choose("rms_norm", time=x.numel())(wide, scales, gates, eps, gate_first).to(x.dtype)

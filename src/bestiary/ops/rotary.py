@@ -53,6 +53,8 @@ def sum_angles(
     start: Float[Tensor, "batch *angles"], turns: Float[Tensor, "batch time *angles"]
 ) -> Float[Tensor, "batch time *angles"]:
     """Angles that add up, modulo 2 pi: start + turns_1 + ... + turns_t, in the dtype of `start`."""
+    if traced.active():
+        return torch.ops.bestiary.sum_angles(start, turns)
     total = (turns.to(_exact(turns)) % (2 * math.pi)).cumsum(1)
     return ((start[:, None] + total) % (2 * math.pi)).to(start.dtype)
 

@@ -111,7 +111,7 @@ def recurrent(
     return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(u)), state
 
 
-@dispatch.form("selective_scan", "torch")
+@dispatch.form("selective_scan", "torch", own_backward=True)
 def chunked(
     u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, rule: Rule | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ def recurrent(
     return (torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v)), state
 
 
-@dispatch.form("wkv", "torch")
+@dispatch.form("wkv", "torch", own_backward=True)
 def scanned(
     k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: WKVState, lengths: Tensor | None
 ) -> tuple[Tensor, WKVState]:

@@ -138,3 +138,17 @@ def test_torch_knows_it_as_an_operator() -> None:
     tests = ("test_schema", "test_faketensor")
     for arguments in ((logits, targets, weights, True), (logits, targets, None, False)):
         torch.library.opcheck(torch.ops.bestiary.cross_entropy.default, arguments, test_utils=tests)
+
+
+@pytest.mark.parametrize("form", ["native", "torch", "reference"])
+def test_rows_that_share_their_memory_take_no_gradient(form: str) -> None:
+    targets = torch.tensor([0, 1, 2, 3])
+    row, slid = torch.randn(7).expand(4, 7), torch.randn(20).as_strided((4, 7), (3, 1))
+    with ops.use(form):
+        for logits in (row, slid):
+            before = logits.clone()
+            with pytest.raises(UsageError, match="rows of logits that share memory cannot become their gradient"):
+                ops.cross_entropy(logits, targets, gradient=True)
+            assert torch.equal(logits, before)
+            wanted = torch.nn.functional.cross_entropy(before, targets, reduction="none")
+            torch.testing.assert_close(ops.cross_entropy(logits, targets), wanted)

@@ -1,8 +1,11 @@
 """Which kernels are loaded and why; the functions that they are made of; the sanitizers find nothing."""
 
 import ctypes
+import hashlib
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,84 @@ def test_the_variable_switches_kernels_off_and_names_them() -> None:
     code = "import bestiary; bestiary.ops.active()"
     with pytest.raises(AssertionError, match="BESTIARY_KERNELS must be off or one of avx512, avx2, neon, not 'sse'"):
         in_process(code, BESTIARY_KERNELS="sse")
+
+
+def _kernels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two instruction sets that this processor runs, "first" and "second", the latter a library that loads."""
+    able = [name for name in SETS if library._runs(name)]
+    shutil.copy(library.FOLDER / f"kernels_{able[0]}.so", folder / "kernels_second.so")
+    monkeypatch.setattr(library, "FOLDER", folder)
+    monkeypatch.setattr(library, "SETS", dict.fromkeys(("first", "second"), library.SETS[able[0]]))
+
+
+@needed
+@pytest.mark.parametrize("broken", [b"no library", b""])
+def test_a_library_that_does_not_load_leaves_the_place_to_the_next(
+    broken: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _kernels(tmp_path, monkeypatch)
+    (tmp_path / "kernels_first.so").write_bytes(broken)
+    found, why = library.load.__wrapped__()
+    assert (
+        found is not None and "second kernels, the best that loads" in why and "kernels_first.so does not load" in why
+    )
+    with monkeypatch.context() as other:
+        before = library.VERSION
+        other.setattr(library, "VERSION", -1)
+        found, why = library.load.__wrapped__()
+        assert found is None and "kernels_second.so does not load: it is of another version" in why
+        other.setattr(library, "VERSION", before)
+        other.setitem(library.SIZES, "no_such_thing", "")
+        found, why = library.load.__wrapped__()
+        assert found is None and "bestiary_no_such_thing" in why
+    (tmp_path / "kernels_second.so").unlink()
+    found, why = library.load.__wrapped__()
+    assert found is None and why.startswith("kernels_first.so does not load")
+
+
+def _interface() -> tuple[dict[str, tuple[str, str]], str]:
+    """The exported functions, each with its result and the kinds of its arguments, and a digest of all that is C."""
+    found, seen = {}, []
+    source = (ROOT / "csrc/kernels.cpp").read_text()
+    for result, name, arguments in re.findall(r"^EXPORT (\w+) bestiary_(\w+)\(([^)]*)\)", source, re.MULTILINE):
+        kinds = "".join("p" if "*" in one else "s" for one in arguments.split(",") if one.strip())
+        found[name] = (result, kinds)
+        seen.append(f"{result} {name} {arguments}")
+    for header in sorted((ROOT / "csrc").glob("*.h")):
+        for block in re.findall(r'^extern "C" \{\n(.*?)^\}', header.read_text(), re.MULTILINE | re.DOTALL):
+            seen.append(re.sub(r"//.*", "", block))
+    return found, hashlib.sha256(" ".join(" ".join(seen).split()).encode()).hexdigest()[:12]
+
+
+def test_python_calls_the_functions_that_there_are_as_they_are() -> None:
+    found, digest = _interface()
+    assert {name: kinds for name, (_, kinds) in found.items() if name != "version"} == library.SIZES | library.KERNELS
+    assert {name for name, (result, _) in found.items() if result == "i64"} == {*library.SIZES, "version"}
+    assert (library.VERSION, digest) == (6, "8d19850ce6c1"), (
+        "the C interface has changed: raise VERSION, and say so here"
+    )
+
+
+@needed
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not limit memory so")
+@pytest.mark.parametrize(("rows", "inputs"), [(8, 1 << 22), (16, 1 << 22), (1 << 20, 1)])
+def test_a_kernel_without_memory_is_an_error_that_python_survives(rows: int, inputs: int) -> None:
+    """Its workspace alone is too large: of few rows, of many, and of each thread."""
+    code = f"""
+import resource, torch
+from bestiary.ops.native.matvec import PackedMatrix
+torch.set_num_threads(2)
+small, large = PackedMatrix(torch.randn(64, 64), "fp32"), PackedMatrix(torch.zeros(1, {inputs}), "fp32")
+ones = torch.ones(2048, 64)
+expected = small.multiply(ones)
+x = torch.ones({inputs}).expand({rows}, -1)  # the numbers of one row
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (4096 * pages + (50 << 20), resource.RLIM_INFINITY))
+try: large.multiply(x)
+except MemoryError as error: print(error)
+assert torch.equal(small.multiply(ones), expected)
+"""
+    assert in_process(code) == "a kernel could not allocate its workspace"
 
 
 def test_without_kernels_the_ops_say_so_and_run() -> None:

@@ -1,7 +1,14 @@
 """Blocks of memory are used again when nobody needs them, never before, and only so many are kept."""
 
+import ctypes
 import gc
+import mmap
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 
 from bestiary.ops.native import memory
@@ -47,3 +54,45 @@ def test_weights_lie_side_by_side_at_cache_lines() -> None:
     first, second = room(100), room(5)
     assert second.data_ptr() - first.data_ptr() == 128 and first.data_ptr() % 64 == 0
     assert len(room(memory.CHUNK + 1)) == memory.CHUNK + 1
+
+
+KEEPING = """
+import resource, sys, torch
+from bestiary.ops.native.memory import keep_freed
+assert keep_freed()
+for _ in range(2):
+    torch.ones(1 << 24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    torch.ones(1 << 24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="the C library is not glibc")
+def test_a_process_that_keeps_its_memory_gets_few_new_pages_from_the_system() -> None:
+    def new_pages(source: str) -> int:
+        done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    given_back = new_pages(KEEPING.replace("assert keep_freed()", "assert True"))
+    assert given_back > 4 * 2**26 // mmap.PAGESIZE // 2 and new_pages(KEEPING) < given_back // 10
+
+
+def test_threads_that_pack_at_once_get_memory_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new chunk takes long: who asks meanwhile waits for it, and no piece of any is lost or given twice."""
+    real, sizes = memory.mapped, []
+
+    def slow(size: int) -> memory.Bytes:
+        sizes.append(size)
+        time.sleep(0.05)
+        return real(size)
+
+    monkeypatch.setattr(memory, "mapped", slow)
+    arena = memory.Arena()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(arena.room, [memory.CHUNK // 2] * 8))
+    for i, tensor in enumerate(found):
+        tensor.fill_(i)
+    assert [tensor.unique().tolist() for tensor in found] == [[i] for i in range(8)]
+    assert sizes == [memory.CHUNK] * 4

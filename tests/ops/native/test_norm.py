@@ -6,7 +6,7 @@ from ops.forms import normal, run
 from ops.native import kit
 from torch import Tensor
 
-from bestiary import ops
+from bestiary import UsageError, ops
 
 pytestmark = kit.needed
 SHAPES = [(3, 2), (2, 5, 3), (70, 16), (2, 65, 24), (1, 3, 100), (9, 768)]
@@ -152,3 +152,18 @@ def test_it_compiles_for_any_length() -> None:
         return y, y[:, :1]
 
     kit.check_compiled(operator, [case((rows, 20)) for rows in (9, 20, 33)])
+
+
+@pytest.mark.parametrize("form", ["native", "torch", "reference"])
+def test_a_weight_that_does_not_fit_is_refused_by_every_form(form: str) -> None:
+    x = torch.randn(4, 6, 32)
+    with ops.use(form):
+        for weight in (torch.randn(3, 32), torch.randn(4, 1, 32)):
+            with pytest.raises(UsageError, match=r"rms_norm: weight must be of shape .*, not"):
+                ops.rms_norm(x, weight, eps=1e-5)
+        assert ops.rms_norm(x, torch.randn(1, 32), eps=1e-5).shape == x.shape
+        if form != "native":
+            assert ops.rms_norm(x[..., :0], eps=1e-5).shape == (4, 6, 0)
+        else:
+            with pytest.raises(UsageError, match="no compiled form here: there are no channels"):
+                ops.rms_norm(x[..., :0], eps=1e-5)

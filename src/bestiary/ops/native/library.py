@@ -19,10 +19,52 @@ from bestiary.errors import UsageError
 from bestiary.ops.native import memory
 
 VARIABLE = "BESTIARY_KERNELS"
-VERSION = 3  # of the C interface
+VERSION = 6
+"""Of the C interface: raised, here and in csrc/kernels.cpp, with each change of a name, an argument or a struct."""
 FOLDER = Path(__file__).parent
 SETS = {"avx512": ("AVX512",), "avx2": ("AVX2", "AVX512"), "neon": ("DEFAULT", "NEON")}
 """Instruction sets, the best first, and what torch calls processors that have them."""
+
+_TYPES = {"s": ctypes.c_int64, "p": ctypes.c_void_p}
+SIZES = {
+    "lanes": "",
+    "threads": "",
+    "scan_starts": "ssss",
+    "scan_groups": "s",
+    "wkv_chunk": "",
+    "pack_bytes": "sss",
+    "rounds_inputs": "",
+    "delta_steps": "ss",
+    "delta_panels": "s",
+    "linear_attention_starts": "sssss",
+    "linear_attention_parts": "ss",
+    "norm_parts": "ss",
+}
+"""Functions that give a size, all named bestiary_...; their arguments are sizes (s) and pointers (p)."""
+KERNELS = {
+    "scan_forward": "p",
+    "scan_backward": "pp",
+    "convolution_forward": "p",
+    "convolution_backward": "pp",
+    "recurrence_forward": "p",
+    "recurrence_backward": "pp",
+    "wkv_forward": "p",
+    "wkv_backward": "pp",
+    "pack": "pppp",
+    "unpack": "pssp",
+    "gather": "pspp",
+    "multiply": "pspsps",
+    "program": "pp",
+    "delta_forward": "p",
+    "delta_backward": "pp",
+    "elementwise": "sspp",
+    "linear_attention_forward": "p",
+    "linear_attention_backward": "pp",
+    "norm_forward": "p",
+    "norm_backward": "pp",
+    "cross_entropy": "p",
+}
+"""Functions that compute, and return whether memory ran out."""
 
 
 @functools.cache
@@ -31,7 +73,7 @@ def load() -> tuple[ctypes.CDLL | None, str]:
 
     Raises UsageError where BESTIARY_KERNELS names an instruction set that does not exist.
     """
-    wanted = os.environ.get(VARIABLE, "").strip().lower()
+    wanted = selected()
     if wanted in ("off", "0"):
         return None, f"{VARIABLE}={wanted} switches the kernels off"
     if wanted and wanted not in SETS:
@@ -42,16 +84,44 @@ def load() -> tuple[ctypes.CDLL | None, str]:
     able = [name for name in built if _runs(name)]
     if wanted and wanted not in able:
         return None, f"{VARIABLE}={wanted}, which was not built or which this processor lacks"
+    if not able:
+        return None, f"this processor runs none of the kernels that were built ({', '.join(built)})"
+    reasons: list[str] = []
     for name in [wanted] if wanted else able:
         try:
-            library = ctypes.CDLL(str(built[name]))
-            library.bestiary_version.restype = ctypes.c_int64
+            library = _loaded(built[name])
         except (OSError, AttributeError) as error:
-            return None, f"{built[name].name} does not load: {error}"
-        if library.bestiary_version() != VERSION:
-            return None, f"{built[name].name} is of another version: install the package again"
-        return library, f"{name} kernels" + (f", by {VARIABLE}" if wanted else ", the best that this processor runs")
-    return None, f"this processor runs none of the kernels that were built ({', '.join(built)})"
+            reasons.append(f"{built[name].name} does not load: {error}")
+            continue
+        how = f"by {VARIABLE}" if wanted else f"the best that {'loads' if reasons else 'this processor runs'}"
+        return library, "; ".join([f"{name} kernels, {how}", *reasons])
+    return None, "; ".join(reasons)
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """A library of this version, the types of its functions set; OSError or AttributeError where it cannot be used."""
+    library = ctypes.CDLL(str(path))
+    library.bestiary_version.restype = ctypes.c_int64
+    if library.bestiary_version() != VERSION:
+        raise OSError("it is of another version: install the package again")
+    for name, arguments in (SIZES | KERNELS).items():
+        function = getattr(library, f"bestiary_{name}")
+        function.argtypes = [_TYPES[kind] for kind in arguments]
+        function.restype = ctypes.c_int64 if name in SIZES else ctypes.c_int
+        if name in KERNELS:
+            function.errcheck = _succeeded
+    return library
+
+
+def selected() -> str:
+    """What BESTIARY_KERNELS asks for; empty for the best."""
+    return os.environ.get(VARIABLE, "").strip().lower()
+
+
+def _succeeded(status: int | None, function: Any, arguments: Any) -> None:
+    """One clear error where a kernel had no memory; Python and all that it holds go on."""
+    if status:
+        raise MemoryError("a kernel could not allocate its workspace")
 
 
 def kernel(name: str) -> Any:

@@ -3,7 +3,7 @@
 import ctypes
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bestiary.errors import UsageError, unknown
@@ -13,6 +13,8 @@ from bestiary.ops.native.library import buffer, check_shapes, load, pointer
 FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 """int8: symmetric, a scale an output; int4: symmetric, a scale in bf16 for each 32 inputs of an output."""
 PANEL = 16
+MANY_ROWS = 16
+"""Rows from which on a product goes by blocks; a matrix in bf16 may round its inputs then."""
 FEW_ROWS = 32
 """So many rows at most a step of decoding has in one program."""
 
@@ -33,6 +35,7 @@ def _library() -> ctypes.CDLL:
         library.bestiary_pack_bytes.argtypes = [size] * 3
         library.bestiary_pack.argtypes = [address] * 4
         library.bestiary_unpack.argtypes = [address, size, size, address]
+        library.bestiary_gather.argtypes = [address, size, address, address]
         library.bestiary_multiply.argtypes = [address, size, address, size, address, size]
     return library
 
@@ -62,12 +65,16 @@ class PackedMatrix:
         size = self.library.bestiary_pack_bytes(FORMATS[form], *self.shape)
         self.data = memory.weights(size)
         self.scales = buffer(-(-self.shape[0] // PANEL) * PANEL if form == "int8" else 0)
-        self.bias = None if bias is None else bias.detach().to(torch.float32).contiguous()
+        self.bias = None if bias is None else bias.detach().to(torch.float32, copy=True).contiguous()
         self.fields = _Matrix(
             *self.shape, FORMATS[form], self.data.data_ptr(), pointer(self.scales), pointer(self.bias)
         )
         self._address = ctypes.byref(self.fields)
         self.library.bestiary_pack(self._address, pointer(weight), self.data.data_ptr(), pointer(self.scales))
+
+    def rounds(self, rows: int) -> bool:
+        """Whether a product with so many rows rounds these to bf16."""
+        return self.form == "bf16" and rows >= MANY_ROWS and rounds_inputs()
 
     @property
     def nbytes(self) -> int:
@@ -81,6 +88,18 @@ class PackedMatrix:
         weight = buffer(count, self.shape[1])
         self.library.bestiary_unpack(self._address, first, count, weight.data_ptr())
         return weight
+
+    def gather(self, which: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch inputs"]:
+        """The weights of any outputs as numbers again."""
+        if which.dtype not in (torch.int64, torch.int32):
+            raise UsageError(f"rows are named by whole numbers, not by {which.dtype}")
+        flat = which.to(torch.int64).contiguous().view(-1)
+        for row in (int(flat.min()), int(flat.max())) if len(flat) else ():
+            if not 0 <= row < self.shape[0]:
+                raise UsageError(f"row {row} is not among the {self.shape[0]} of this matrix")
+        weight = buffer(len(flat), self.shape[1])
+        self.library.bestiary_gather(self._address, len(flat), pointer(flat), weight.data_ptr())
+        return weight.view(*which.shape, self.shape[1])
 
     def multiply(self, x: Float[Tensor, "*batch inputs"]) -> Float[Tensor, "*batch outputs"]:
         """x W^T + b, x and sums in fp32; for bf16 and 16 rows or more, x may be rounded too (`rounds_inputs`)."""

@@ -5,7 +5,9 @@ as much as the kernel. Blocks that no tensor needs any more are kept for the nex
 """
 
 import contextlib
+import ctypes
 import mmap
+import sys
 import threading
 from typing import Any
 
@@ -35,6 +37,22 @@ def mapped(size: int) -> Bytes:
     whole = np.frombuffer(block, dtype=np.uint8)
     start = -whole.ctypes.data % LARGE_PAGE
     return whole[start : start + size]
+
+
+def keep_freed() -> bool:
+    """Have the C library keep what this process frees, for its next blocks; whether it does (glibc alone can be told).
+
+    Training frees and asks for the same large blocks at each step, which by default go back to the system in between.
+    The process keeps as much memory as it ever needed at once.
+    """
+    most_mapped, most_free = -4, -1  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+    if sys.platform != "linux":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(most_mapped, 0)) and bool(mallopt(most_free, 2**31 - 1))
 
 
 class _Lent(np.ndarray):
@@ -82,14 +100,15 @@ class Arena:
     """Memory for packed weights, which live as long as their model: pieces of large chunks."""
 
     def __init__(self) -> None:
-        self.rest = np.empty(0, np.uint8)
+        self.rest, self.lock = np.empty(0, np.uint8), threading.Lock()
 
     def room(self, size: int) -> Tensor:
         """So many bytes, at the start of a cache line; a chunk lives as long as what was given of it."""
         whole = -(-size // 64) * 64
-        if len(self.rest) < whole:
-            self.rest = mapped(max(whole, CHUNK))
-        found, self.rest = self.rest[:size], self.rest[whole:]
+        with self.lock:
+            if len(self.rest) < whole:
+                self.rest = mapped(max(whole, CHUNK))
+            found, self.rest = self.rest[:size], self.rest[whole:]
         return torch.from_numpy(found)
 
 

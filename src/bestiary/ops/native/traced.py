@@ -1,7 +1,8 @@
-"""Operators that stand for what a trace cannot look into: growing caches, positions, packed matrices.
+"""Operators that stand for what a trace cannot look into: growing caches, positions, packed matrices, wide numbers.
 
-While a model's step is traced (see bestiary.decoding), `attend`, `turn` and `product` take the place of the Python that
-computes the same; each is one instruction of the program that follows. At other times nothing here runs.
+While a model's step is traced (see bestiary.decoding), `attend`, `turn`, `sum_angles`, `log_linear` and `product` take
+the place of the Python that computes the same; each is one instruction of the program that follows. At other times
+nothing here runs.
 """
 
 import contextlib
@@ -22,6 +23,12 @@ torch.library.define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define("bestiary::turn", "(Tensor x, Tensor position, float base, int dims, float stretch) -> Tensor")
+torch.library.define("bestiary::sum_angles", "(Tensor start, Tensor turns) -> Tensor")
+torch.library.define(
+    "bestiary::log_linear",
+    "(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor weights, Tensor memory, Tensor position, float scale) "
+    "-> (Tensor, Tensor, Tensor)",
+)
 torch.library.define("bestiary::product", "(Tensor x, int matrix) -> Tensor")
 
 
@@ -74,6 +81,24 @@ def _turn(x, position, base, dims, stretch):
         return rotate(x, position, base=base, dims=dims, stretch=stretch)
 
 
+@torch.library.impl("bestiary::sum_angles", "CPU")
+def _sum_angles(start, turns):
+    from bestiary.ops.rotary import sum_angles
+
+    with _plain():
+        return sum_angles(start, turns)
+
+
+@torch.library.impl("bestiary::log_linear", "CPU")
+def _log_linear(q, k, v, log_decay, weights, memory, position, scale):
+    from bestiary.ops.log_linear_attention import FenwickState, log_linear_attention
+
+    with _plain():
+        past = FenwickState(memory, position)
+        o, after = log_linear_attention(q, k, v, log_decay, weights, scale=scale, state=past)
+    return o, *after
+
+
 @torch.library.impl("bestiary::attend", "CPU")
 def _attend(q, k, v, keys, values, position, window, scale):
     from bestiary.ops.attention import KVCache, attention
@@ -91,6 +116,16 @@ def _(x, number):
 @torch.library.register_fake("bestiary::turn")
 def _(x, position, base, dims, stretch):
     return torch.empty_like(x)
+
+
+@torch.library.register_fake("bestiary::sum_angles")
+def _(start, turns):
+    return start.new_empty(turns.shape)
+
+
+@torch.library.register_fake("bestiary::log_linear")
+def _(q, k, v, log_decay, weights, memory, position, scale):
+    return torch.empty_like(v), torch.empty_like(memory), torch.empty_like(position)
 
 
 @torch.library.register_fake("bestiary::attend")

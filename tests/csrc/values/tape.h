@@ -75,4 +75,17 @@ std::vector<double> gradients(const Real& of) {
   return g;
 }
 
+// A number's gradient is the sum of what comes from wherever it, or a function of it alone, is used: how large these terms
+// are, without their signs.
+std::vector<double> sizes_of_terms(const std::vector<double>& gradients) {
+  std::vector<double> sizes(gradients.size());
+  for (size_t i = gradients.size(); i--;) {
+    const Operation& o = tape[i];
+    const double own = std::fabs(gradients[i]), size = (o.a < 0 || o.b < 0) && sizes[i] > own ? sizes[i] : own;
+    if (o.a >= 0) sizes[o.a] += size * std::fabs(o.slope_a);
+    if (o.b >= 0) sizes[o.b] += size * std::fabs(o.slope_b);
+  }
+  return sizes;
+}
+
 }  // namespace
