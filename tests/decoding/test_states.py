@@ -1,6 +1,8 @@
 """States that are written over, refused, or came from elsewhere: each is what the model's own step makes of it."""
 
+import gc
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,11 @@ from ops.native.kit import needed
 from torch import Tensor
 
 from bestiary import mixers, state
+from bestiary.decoding.piece import Sample
+from bestiary.decoding.trace import Call
 from bestiary.errors import UsageError
+from bestiary.models.language_model import ModelState
+from bestiary.ops.native.matvec import PackedMatrix
 
 pytestmark = needed
 CAUSAL = [name for name in mixers.names() if mixers.get(name).causal]
@@ -134,3 +140,33 @@ def test_a_state_is_left_alone_while_gradients_are_recorded(layout: str) -> None
             _, after = fast.step(token, remembered)
             assert all(map(torch.equal, state.tensors(remembered), state.tensors(kept)))
             remembered = after
+
+
+def alive(kind: type) -> list[Any]:
+    gc.collect()
+    return [x for x in gc.get_objects() if type(x) is kind]
+
+
+def test_a_decoder_keeps_one_state_at_most_and_none_after_generation() -> None:
+    fast, before = make("mamba*2").packed("fp32"), len(alive(ModelState))
+    with torch.no_grad(), state.in_place():
+        for rows in (1, 2, 3):
+            fast.step(torch.zeros(rows, dtype=torch.int64), fast.initial_state(rows))
+    assert len(alive(ModelState)) <= before + 1
+    for prompts in ([[1, 2]], [[1, 2], [3]]):
+        fast.generate(prompts, max_new_tokens=3)
+        assert len(alive(ModelState)) == before
+    tokens = fast.stream([[1, 2]], max_new_tokens=9)
+    next(tokens), next(tokens)
+    del tokens
+    assert len(alive(ModelState)) == before
+
+
+def test_programs_for_other_numbers_of_rows_share_their_matrices_and_keep_no_sample() -> None:
+    fast = make("lstm gru").packed("fp32")
+    assert fast.decoder is not None and fast.decoder.report(1) == [None] * 3
+    before = len(alive(PackedMatrix))
+    for rows in (2, 5):
+        assert fast.decoder.report(rows) == [None] * 3
+    assert len(alive(PackedMatrix)) == before
+    assert not alive(Call) and not alive(Sample)

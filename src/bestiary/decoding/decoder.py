@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bestiary import state as states
-from bestiary.decoding.lowering import OtherNumbers, Unsupported
+from bestiary.decoding.lowering import Matrices, OtherNumbers, Unsupported
 from bestiary.decoding.piece import Layer, Piece, memory_of
 from bestiary.errors import UsageError
 from bestiary.mixers import Context
@@ -37,6 +37,8 @@ class Decoder:
 
     def __init__(self, model: "LanguageModel"):
         self.model, self.plans = model, dict[int, _Plan]()
+        self.matrices = Matrices((*model.parameters(), *model.buffers()))
+        self.latest: _Plan | None = None
         self.told = False  # whether a warning was given
         self.lock = threading.Lock()  # programs have a workspace of their own
 
@@ -57,9 +59,17 @@ class Decoder:
                 if plan is None:
                     plan = self._plan(rows)
                     self._tell(plan.why_not)
+                if plan is not self.latest:
+                    self.forget()
+                    self.latest = plan
                 return plan.step(tokens, state, write)
             except OtherNumbers:
                 return None
+
+    def forget(self) -> None:
+        """Let go of the last step's state, which it keeps to know it again: for the end of a session."""
+        if self.latest is not None:
+            self.latest.last = None
 
     def report(self, rows: int = 1) -> list[str | None]:
         """For each layer, and the head, why it runs as it is; None where it is part of a program."""
@@ -72,7 +82,7 @@ class Decoder:
             with contextlib.ExitStack() as surroundings:
                 for context in (*plain, states.in_place(False), dispatch.use(None)):
                     surroundings.enter_context(context)
-                self.plans[rows] = _Plan(self.model, rows)
+                self.plans[rows] = _Plan(self.model, rows, self.matrices)
         return self.plans[rows]
 
     def _tell(self, why_not: list[str | None]) -> None:
@@ -91,7 +101,7 @@ class Decoder:
 class _Plan:
     """A model's step for a number of rows: programs, and layers that run as they are."""
 
-    def __init__(self, model: "LanguageModel", rows: int):
+    def __init__(self, model: "LanguageModel", rows: int, matrices: Matrices):
         self.model, self.why_not = model, list[str | None]()
         self.stretches: list[Piece | Layer] = []
         generator, given = torch.Generator().manual_seed(rows), list[tuple[Tensor, Any, Context]]()
@@ -102,7 +112,7 @@ class _Plan:
             given.append((x, (*before, states.Empty()), Context(embeddings=x[:, None])))
         layers = [Layer(block.step, i) for i, block in enumerate(model.blocks)]  # type: ignore[arg-type]
         layers.append(Layer(lambda x, state, context: (model.head(model.norm(x)), state), len(layers)))
-        xs, piece = [embedded for embedded, *_ in given], Piece(rows)
+        xs, piece = [embedded for embedded, *_ in given], Piece(rows, matrices)
         for i, layer in enumerate(layers):
             xs = [layer.try_on(x, embedded, before[i], context) for x, (embedded, before, context) in zip(xs, given)]
             try:
@@ -112,8 +122,10 @@ class _Plan:
                 self.why_not.append(str(error))
                 self._close(piece)
                 self.stretches.append(layer)
-                piece = Piece(rows)
+                piece = Piece(rows, matrices)
         self._close(piece)
+        for layer in layers:
+            layer.samples.clear()
         (only, *others) = self.stretches
         self.whole = None if others or isinstance(only, Layer) or only.grows else only
         self.weights = {memory_of(x) for x in (*model.parameters(), *model.buffers())}  # a state may begin as one

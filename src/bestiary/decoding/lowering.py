@@ -4,7 +4,7 @@ Every operator of torch that may appear has a function here, registered by name.
 layer then runs as it is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -46,10 +46,33 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
     return add
 
 
+class Matrices:
+    """Matrices that steps multiply with and that the model did not pack: packed once for all programs.
+
+    Args:
+        weights: the model's, which stay as they are; what a step computes itself is packed for its program alone.
+    """
+
+    def __init__(self, weights: Iterable[Tensor]):
+        self.weights = {storage(x): x.detach() for x in weights}
+        self.made: dict[Any, PackedMatrix] = {}
+
+    def packed(self, weight: Tensor, bias: Tensor | None = None) -> PackedMatrix:
+        """In fp32."""
+        parts = [x for x in (weight, bias) if x is not None]
+        if any(storage(x) not in self.weights for x in parts):
+            return PackedMatrix(weight, "fp32", bias)
+        key = tuple((storage(x), x.storage_offset(), x.shape, x.stride()) for x in parts)
+        if key not in self.made:
+            self.made[key] = PackedMatrix(weight, "fp32", bias)
+        return self.made[key]
+
+
 class Memory:
     """Room in the workspace and the numbers of regions, over a whole program."""
 
-    def __init__(self) -> None:
+    def __init__(self, matrices: Matrices) -> None:
+        self.matrices = matrices
         self.used, self.most, self.regions = 0, 0, WORKSPACE + 1
         self.scratch, self.work = 64, 0.0
         self.alive: list[Any] = []
@@ -143,7 +166,8 @@ class Lowering:
         self.destined: dict[int, tuple[int, int]] = {}  # where a result must come to lie, by storage
         self.leaves: dict[int, Leaf] = {}  # by the storage of the old numbers
         self.targets: dict[int, Leaf] = {}  # results that are some leaf's new numbers, by storage
-        self.alive: list[Any] = []
+        self.alive: list[Any] = []  # what instructions point into
+        self.seen: list[Tensor] = []  # so that each storage stays the only one of its name
 
     # places
 
@@ -152,7 +176,7 @@ class Lowering:
         key = storage(tensor)
         self.places[key] = (region, at)
         self.resources[key] = key if resource is None else resource
-        self.alive.append(tensor)
+        self.seen.append(tensor)
 
     def dynamic(self, tensor: Tensor) -> bool:
         """Whether it depends on the input."""

@@ -1,6 +1,7 @@
 """Some layers as one program, and how a model's state is handed to it and comes back."""
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bestiary import state as states
-from bestiary.decoding.lowering import Leaf, Lowering, Memory, OtherNumbers, Unsupported
+from bestiary.decoding.lowering import Leaf, Lowering, Matrices, Memory, OtherNumbers, Unsupported
 from bestiary.decoding.program import UNARY, WORKSPACE, Instruction, Op, Place, Program
 from bestiary.decoding.trace import Reads, Trace, storage
 from bestiary.errors import UsageError
@@ -79,8 +80,8 @@ class Layer:
 class Piece:
     """A program over layers in a row: `add` them, `close` it, and `run` it on their states."""
 
-    def __init__(self, rows: int):
-        self.rows, self.memory, self.instructions = rows, Memory(), list[Instruction]()
+    def __init__(self, rows: int, matrices: Matrices):
+        self.rows, self.memory, self.instructions = rows, Memory(matrices), list[Instruction]()
         self.layers, self.streams = list[Layer](), list[int]()
         self.input, self.embedded, self.output, self.values = (self.memory.region() for _ in range(4))
         self.said: tuple[int, tuple[int, ...]] | None = None  # where a layer put RWKV-7's first values, and their shape
@@ -151,7 +152,7 @@ class Piece:
         low.instructions[0].first = True
         # all is well: only now does anything change
         self.memory.used = persistent
-        self.memory.alive.append((low.alive, calls))
+        self.memory.alive.append(low.alive)
         self.hears, self.said = self.hears or (bool(told) and self.said is None), heard or self.said
         self.result = (y, to)
         layer.leaves = leaves
@@ -161,6 +162,7 @@ class Piece:
     def close(self) -> None:
         """Make the program, and see that it computes what the layers compute on the samples."""
         y, (region, at) = self.result
+        del self.result
         if region == WORKSPACE:
             places = [Place(self.output, 0, (0, 0, 0, 1)), Place(WORKSPACE, at, (0, 0, 0, 1))]
             number = (UNARY.index("copy"),)
@@ -209,7 +211,8 @@ class Piece:
         """
         found = Ready(write)
         for layer, state in zip(self.layers, before):
-            tensors, made = states.tensors(state), list[Tensor]()
+            given, made = states.tensors(state), list[Tensor]()
+            tensors = given.copy()
             if len(tensors) != len(layer.leaves):
                 raise UsageError(f"layer {layer.index}: its state has {len(layer.leaves)} tensors, not {len(tensors)}")
             if not tensors:
@@ -228,7 +231,7 @@ class Piece:
                 old, new, result = leaf.ready(tensor, layer.index, write, places)
                 found.leaves.append((leaf, old, new))
                 made.append(result)
-            found.after.append(rebuilt(state, iter(made)))
+            found.after.append(state if all(map(operator.is_, made, given)) else rebuilt(state, iter(made)))
         return found
 
     def run(self, x: Tensor, ready: Ready, context: Context) -> Tensor:

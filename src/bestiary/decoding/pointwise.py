@@ -9,7 +9,6 @@ from bestiary.decoding.lowering import Handler, Lowering, Unsupported, collapsed
 from bestiary.decoding.program import AXES, BINARY, REDUCTIONS, SHARED_FROM, UNARY, Op, Place
 from bestiary.decoding.trace import storage
 from bestiary.ops.native import traced
-from bestiary.ops.native.matvec import PackedMatrix
 
 
 def _unary(name: str) -> Handler:
@@ -309,7 +308,7 @@ def _mm(low: Lowering, result: Tensor, x: Tensor, weight: Tensor) -> None:
     if low.dynamic(weight):
         _batched(low, result[None], x[None], weight[None])
     else:
-        low.product(result, x, PackedMatrix(weight.t(), "fp32"))
+        low.product(result, x, low.memory.matrices.packed(weight.t()))
 
 
 @handles("addmm")
@@ -317,7 +316,7 @@ def _addmm(low: Lowering, result: Tensor, bias: Tensor, x: Tensor, weight: Tenso
     if scales or low.dynamic(weight) or low.dynamic(bias) or bias.ndim != 1:
         raise Unsupported("a product with a sum that depends on the input")
     low.new(result)
-    low.product(result, x, PackedMatrix(weight.t(), "fp32", bias))
+    low.product(result, x, low.memory.matrices.packed(weight.t(), bias))
 
 
 @handles("bmm")

@@ -84,7 +84,16 @@ def stream(
     if len(seeds) != len(prompts):
         raise UsageError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one number, or one for each")
     model.check_tokens(min(map(min, prompts)), max(map(max, prompts)))
-    return _continue(model, prompts, how, max_new_tokens, _eos_ids(eos), seeds, state)
+    return _forgotten(model, _continue(model, prompts, how, max_new_tokens, _eos_ids(eos), seeds, state))
+
+
+def _forgotten(model: "LanguageModel", tokens: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same tokens; a packed model then lets go of the state."""
+    try:
+        yield from tokens
+    finally:
+        if model.decoder is not None:
+            model.decoder.forget()
 
 
 def _continue(
