@@ -47,7 +47,8 @@ class Trace(TorchDispatchMode):
             given, made = tensors((call.args, call.kwargs)), tensors(call.result)
             if call.name in BLANK or not any(storage(x) in depend for x in given):
                 continue
-            if call.tells:
+            chosen = tensors(call.args[1]) if call.name == "index" else given  # constants choose what they always do
+            if call.tells and any(storage(x) in depend for x in chosen):
                 return call.name
             depend |= {storage(x) for x in made + (given if call.mutates else [])}
         return None
