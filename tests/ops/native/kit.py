@@ -48,14 +48,25 @@ def check_threads(op: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+def _layouts(x: Tensor) -> dict[str, Tensor]:
+    """The same numbers laid otherwise. Kernels read the first four as they lie; of the last, a copy is made first."""
+    beside = torch.cat([x, torch.full_like(x, float("nan"))], dim=-1)[..., : x.shape[-1]] if x.ndim else x
+    later = torch.cat([x.new_full((3,), float("nan")), x.flatten()])[3:].view(x.shape)
+    swapped = {i: x.transpose(i, i + 1).contiguous().transpose(i, i + 1) if x.ndim > i + 2 else x for i in (0, 1)}
+    spread = torch.stack([x, x + 1], dim=-1)[..., 0]
+    return {"beside": beside, "later": later, "first two": swapped[0], "second two": swapped[1], "spread": spread}
+
+
 def check_layouts(op: Callable[..., Any], inputs: Sequence[Tensor]) -> None:
     """Inputs that do not lie in one piece give the same bits as copies that do."""
-    spread = [torch.stack([x.float(), x.float() + 1], dim=-1)[..., 0] for x in inputs]
-    assert all(not x.is_contiguous() or x.numel() < 2 for x in spread)
-    for a, b in zip(
-        run(op, spread, "native", torch.float32), run(op, [x.contiguous() for x in spread], "native", torch.float32)
-    ):
-        assert torch.equal(a, b)
+    plain = [x.float().contiguous() for x in inputs]
+    expected = run(op, plain, "native", torch.float32)
+    for name in _layouts(plain[0]):
+        laid = [_layouts(x)[name] for x in plain]
+        moved = any(x.stride() != y.stride() for x, y in zip(laid, plain))
+        assert moved or name == "later" or (name == "second two" and all(x.ndim < 4 for x in plain)), name
+        for a, b in zip(run(op, laid, "native", torch.float32), expected):
+            assert torch.equal(a, b), name
 
 
 def check_defaults(op: Callable[..., Any], inputs: Sequence[Tensor]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ops.forms import KINDS, gates, normal
+from ops.forms import KINDS, gates, normal, run
 from ops.native import kit
 from torch import Tensor
 from torch.nn import functional as F
@@ -151,3 +151,24 @@ def test_torch_knows_it_as_an_operator(form: str) -> None:
         arguments = (q, k, v, beta, g[0] if g else None, None, None, state, 0.5, True)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     torch.library.opcheck(torch.ops.bestiary.delta_rule.default, arguments, test_utils=tests)
+
+
+def test_a_gates_gradient_is_exact_by_the_size_of_its_summands_at_many_seeds() -> None:
+    """A head's gate gathers the gradients of all key channels, and strong gates leave a small difference of large ones.
+
+    Measured by that difference no fp32 form keeps 2e-6, the recurrence neither; by what it is a sum of each does.
+    """
+    for seed in range(60):
+        torch.manual_seed(seed)
+        q, k, v, state = normal(1, 20, 2, 4), normal(1, 20, 2, 4), normal(1, 20, 2, 5), normal(1, 2, 4, 5)
+        k, beta = torch.nn.functional.normalize(k, dim=-1), 2 * torch.rand(1, 20, 2, dtype=torch.float64)
+        g = -60 * torch.rand(1, 20, 2, dtype=torch.float64)
+        inputs = [x.float() for x in (q, k, v, beta, g, state)]
+        each = [*inputs[:4], inputs[4][..., None].expand(q.shape), inputs[5]]
+
+        def op(*parts: Tensor) -> tuple[Tensor, Tensor]:
+            return ops.delta_rule(*parts[:5], state=parts[5])
+
+        exact, found = (run(op, inputs, *how)[6] for how in (("reference", torch.float64), ("native", torch.float32)))
+        summands = run(op, each, "reference", torch.float64)[6].abs().sum(-1)
+        assert (found - exact).abs().max() < 1e-6 * summands.max(), seed

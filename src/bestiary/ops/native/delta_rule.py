@@ -1,13 +1,12 @@
 """The delta rule and its general form by the compiled kernel (csrc/delta_rule.h), with gradients: a torch operator."""
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bestiary.ops.native.library import buffer, check_shapes, load, only_once, pointer, rows
+from bestiary.ops.native.library import buffer, check_shapes, kernel, only_once, pointer, rows
 
 _SIZES = ("batch", "time", "heads", "keys", "values")
 _INPUTS = ("q", "k", "v", "beta", "g", "a", "b")
@@ -83,49 +82,38 @@ def _filled(parts: tuple[Tensor | None, ...], scale: float) -> tuple[_Delta, lis
     return delta, alive
 
 
-def _library() -> ctypes.CDLL:
-    library, why = load()
-    if library is None:
-        raise RuntimeError(why)
-    for function in (library.bestiary_delta_steps, library.bestiary_delta_panels, library.bestiary_lanes):
-        function.restype = ctypes.c_int64
-    library.bestiary_delta_steps.argtypes = [ctypes.c_int64] * 2
-    library.bestiary_delta_panels.argtypes = [ctypes.c_int64]
-    return library
-
-
-def _starts(library: ctypes.CDLL, q: Tensor, v: Tensor) -> tuple[Any, ...]:
+def _starts(q: Tensor, v: Tensor) -> tuple[Any, ...]:
     """The shape of the memories that are saved: one before each chunk, its value channels in whole vectors."""
     batch, time, heads, keys = q.shape
-    lanes, steps = library.bestiary_lanes(), library.bestiary_delta_steps(keys, v.shape[3])
+    lanes, steps = kernel("bestiary_lanes")(), kernel("bestiary_delta_steps")(keys, v.shape[3])
     return batch, heads, (time + steps - 1) // steps, keys, (v.shape[3] + lanes - 1) // lanes * lanes
 
 
 @torch.library.impl("bestiary::delta_rule", "CPU")
 def _forward(q, k, v, beta, g, a, b, before, scale, save):
-    library, before = _library(), before.contiguous()
+    before = before.contiguous()
     delta, alive = _filled((q, k, v, beta, g, a, b), scale)
     check_shapes("delta_rule", ("state", before, (q.shape[0], q.shape[2], q.shape[3], v.shape[3])))
     o, after = buffer(*v.shape), buffer(*before.shape)
-    starts = buffer(*(_starts(library, q, v) if save else (0,)))
+    starts = buffer(*(_starts(q, v) if save else (0,)))
     delta.before, delta.o, delta.after = pointer(before), pointer(o), pointer(after)
     delta.starts = pointer(starts) if save else None
-    library.bestiary_delta_forward(ctypes.byref(delta))
+    kernel("bestiary_delta_forward")(ctypes.byref(delta))
     del alive
     return o, after, starts
 
 
 @torch.library.impl("bestiary::delta_rule_backward", "CPU")
 def _backward(dout, dafter, q, k, v, beta, g, a, b, starts, scale):
-    library, dout, dafter = _library(), rows(dout), dafter.contiguous()
+    dout, dafter = rows(dout), dafter.contiguous()
     delta, alive = _filled((q, k, v, beta, g, a, b), scale)
     delta.starts = pointer(starts)
-    panels = library.bestiary_delta_panels(v.shape[3])
+    panels = kernel("bestiary_delta_panels")(v.shape[3])
     parts = [None if x is None else buffer(panels, *x.shape) for x in (q, k, a, b, g, beta)]
     dv, dbefore = buffer(*v.shape), buffer(*dafter.shape)
     outputs = [pointer(x) for x in (*parts, dv, dbefore)]
     back = _DeltaBack(pointer(dout), pointer(dafter), _Strides(*dout.stride()[:3]), *outputs)
-    library.bestiary_delta_backward(ctypes.byref(delta), ctypes.byref(back))
+    kernel("bestiary_delta_backward")(ctypes.byref(delta), ctypes.byref(back))
     del alive
     dq, dk, da, db, dg, dbeta = (buffer(0) if x is None else x.squeeze(0) if panels == 1 else x.sum(0) for x in parts)
     return dq, dk, dv, dbeta, dg, da, db, dbefore
@@ -133,7 +121,7 @@ def _backward(dout, dafter, q, k, v, beta, g, a, b, starts, scale):
 
 @torch.library.register_fake("bestiary::delta_rule")
 def _(q, k, v, beta, g, a, b, before, scale, save):
-    starts = v.new_empty(_starts(_library(), q, v) if save else 0)
+    starts = v.new_empty(_starts(q, v) if save else 0)
     return v.new_empty(v.shape), before.new_empty(before.shape), starts
 
 
@@ -145,17 +133,15 @@ def _(dout, dafter, q, k, v, beta, g, a, b, starts, scale):
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, _before, scale, _save = inputs
-    ctx.scale, ctx.given = scale, [tensor is not None for tensor in tensors]
-    ctx.save_for_backward(*(tensor for tensor in tensors if tensor is not None), output[2])
+    ctx.scale = scale
+    ctx.save_for_backward(*tensors, output[2])
     ctx.mark_non_differentiable(output[2])
 
 
 def _differentiate(ctx: Any, dout: Tensor, dafter: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, starts = ctx.saved_tensors
-    saved_in_turn: Iterator[Tensor] = iter(saved)
-    tensors = [next(saved_in_turn) if given else None for given in ctx.given]
+    *tensors, starts = ctx.saved_tensors
     *grads, dbefore = torch.ops.bestiary.delta_rule_backward(dout, dafter, *tensors, starts, ctx.scale)
-    return *(grad if given else None for grad, given in zip(grads, ctx.given)), dbefore, None, None
+    return *(grad if x is not None else None for grad, x in zip(grads, tensors)), dbefore, None, None
 
 
 torch.library.register_autograd("bestiary::delta_rule", _differentiate, setup_context=_setup)

@@ -22,8 +22,8 @@ VARIABLE = "BESTIARY_KERNELS"
 VERSION = 6
 """Of the C interface: raised, here and in csrc/kernels.cpp, with each change of a name, an argument or a struct."""
 FOLDER = Path(__file__).parent
-SETS = {"avx512": ("AVX512",), "avx2": ("AVX2", "AVX512"), "neon": ("DEFAULT", "NEON")}
-"""Instruction sets, the best first, and what torch calls processors that have them."""
+SETS = {"avx512": ("AVX512",), "avx2": ("AVX2", "AVX512"), "neon": ()}
+"""Instruction sets, the best first, and what torch calls processors that have them; every ARM processor has NEON."""
 
 _TYPES = {"s": ctypes.c_int64, "p": ctypes.c_void_p}
 SIZES = {

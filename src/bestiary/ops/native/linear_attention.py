@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bestiary.errors import UsageError
-from bestiary.ops.native.library import buffer, check_shapes, load, only_once, pointer, rows
+from bestiary.ops.native.library import buffer, check_shapes, kernel, only_once, pointer, rows
 
 _INTEGERS = ("batch", "time", "heads", "groups", "keys", "values", "decay", "ones")
 _STRIDED = ("q", "k", "v", "g")
@@ -82,47 +82,37 @@ def _filled(
     return call, [q, k, v, g, bonus]
 
 
-def _library() -> ctypes.CDLL:
-    library, why = load()
-    if library is None:
-        raise RuntimeError(why)
-    for function, count in (("starts", 5), ("parts", 2)):
-        exported = getattr(library, f"bestiary_linear_attention_{function}")
-        exported.restype, exported.argtypes = ctypes.c_int64, [ctypes.c_int64] * count
-    return library
-
-
-def _saved(library: ctypes.CDLL, v: Tensor, before: Tensor, save: bool) -> int:
+def _saved(v: Tensor, before: Tensor, save: bool) -> int:
     """How many numbers the memories before each chunk are."""
-    return library.bestiary_linear_attention_starts(*v.shape[:3], *before.shape[2:]) if save else 0
+    return kernel("bestiary_linear_attention_starts")(*v.shape[:3], *before.shape[2:]) if save else 0
 
 
 @torch.library.impl("bestiary::linear_attention", "CPU")
 def _forward(q, k, v, g, bonus, before, scale, normalise, eps, save):
-    library, before = _library(), before.contiguous()
+    before = before.contiguous()
     call, alive = _filled(q, k, v, g, bonus, scale, normalise)
     check_shapes("linear_attention", ("state", before, (v.shape[0], v.shape[2], q.shape[3], v.shape[3] + normalise)))
     o, after = buffer(*v.shape), buffer(*before.shape)
-    starts, norms = buffer(_saved(library, v, before, save)), buffer(*(v.shape[:3] if normalise else (0,)))
+    starts, norms = buffer(_saved(v, before, save)), buffer(*(v.shape[:3] if normalise else (0,)))
     call.before, call.o, call.after, call.norms = (pointer(x) for x in (before, o, after, norms))
     call.starts, call.eps = pointer(starts) if save else None, eps
-    library.bestiary_linear_attention_forward(ctypes.byref(call))
+    kernel("bestiary_linear_attention_forward")(ctypes.byref(call))
     del alive
     return o, after, starts, norms
 
 
 @torch.library.impl("bestiary::linear_attention_backward", "CPU")
 def _backward(dy, dafter, q, k, v, g, bonus, starts, norms, o, scale):
-    library, dy, dafter = _library(), rows(dy), dafter.contiguous()
+    dy, dafter = rows(dy), dafter.contiguous()
     call, alive = _filled(q, k, v, g, bonus, scale, o is not None)
     call.starts, call.norms = pointer(starts), pointer(norms)
-    parts = library.bestiary_linear_attention_parts(call.heads, call.groups)
+    parts = kernel("bestiary_linear_attention_parts")(call.heads, call.groups)
     dq, dk = (buffer(parts, *q.shape) for _ in range(2))
     dv, dg = buffer(*v.shape), buffer(*((0,) if g is None else g.shape))
     dbonus, dbefore = buffer(*((0,) if bonus is None else (call.batch, *bonus.shape))), buffer(*dafter.shape)
     outputs = [pointer(x) for x in (dq, dk, dv, dg, dbonus, dbefore)]
     back = _AttentionBack(pointer(dy), pointer(o), pointer(dafter), *dy.stride()[:3], *outputs)
-    library.bestiary_linear_attention_backward(ctypes.byref(call), ctypes.byref(back))
+    kernel("bestiary_linear_attention_backward")(ctypes.byref(call), ctypes.byref(back))
     del alive
     dq, dk = (x.squeeze(0) if parts == 1 else x.sum(0) for x in (dq, dk))
     return dq, dk, dv, dg, dbonus if bonus is None else dbonus.sum(0), dbefore
@@ -130,7 +120,7 @@ def _backward(dy, dafter, q, k, v, g, bonus, starts, norms, o, scale):
 
 @torch.library.register_fake("bestiary::linear_attention")
 def _(q, k, v, g, bonus, before, scale, normalise, eps, save):
-    starts, norms = v.new_empty(_saved(_library(), v, before, save)), v.new_empty(v.shape[:3] if normalise else 0)
+    starts, norms = v.new_empty(_saved(v, before, save)), v.new_empty(v.shape[:3] if normalise else 0)
     return v.new_empty(v.shape), before.new_empty(before.shape), starts, norms
 
 

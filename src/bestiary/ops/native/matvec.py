@@ -29,14 +29,6 @@ def _library() -> ctypes.CDLL:
     library, why = load()
     if library is None:
         raise UsageError(f"packed weights need the compiled kernels: {why}")
-    if library.bestiary_multiply.argtypes is None:
-        size, address = ctypes.c_int64, ctypes.c_void_p
-        library.bestiary_pack_bytes.restype = library.bestiary_rounds_inputs.restype = size
-        library.bestiary_pack_bytes.argtypes = [size] * 3
-        library.bestiary_pack.argtypes = [address] * 4
-        library.bestiary_unpack.argtypes = [address, size, size, address]
-        library.bestiary_gather.argtypes = [address, size, address, address]
-        library.bestiary_multiply.argtypes = [address, size, address, size, address, size]
     return library
 
 

@@ -75,7 +75,7 @@ def _forward(x, weight, gate, eps, gate_first):
 def _backward(dy, x, weight, gate, scales, eps, gate_first):
     given, alive = _filled(x, weight, gate, eps, gate_first)
     given.scales, dy = pointer(scales), rows(dy)
-    parts = kernel("bestiary_norm_parts")(ctypes.c_int64(given.rows), ctypes.c_int64(given.groups))
+    parts = kernel("bestiary_norm_parts")(given.rows, given.groups)
     dx, dgate = buffer(*x.shape), buffer(*((0,) if gate is None else x.shape))
     dweight = buffer(*((0,) if weight is None else (parts, *weight.shape)))
     back = _NormBack(pointer(dy), dy.stride(0), *(pointer(t) for t in (dx, dgate, dweight)))

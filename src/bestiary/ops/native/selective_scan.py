@@ -1,13 +1,12 @@
 """The selective scan by the compiled kernel (csrc/selective_scan.h), with gradients, as a torch operator."""
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bestiary.ops.native.library import buffer, check_shapes, load, only_once, pointer, row_ends, rows
+from bestiary.ops.native.library import buffer, check_shapes, kernel, only_once, pointer, row_ends, rows
 
 _INTEGERS = ("batch", "time", "channels", "states", "softplus")
 _INPUTS = ("u", "dt", "A", "B", "C", "D", "bias", "z", "gaps")
@@ -86,51 +85,41 @@ def _filled(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *rest: Any) 
     return scan, [u, dt, A, B, C, D, bias, z, gaps, lengths]
 
 
-def _library() -> ctypes.CDLL:
-    library, why = load()
-    if library is None:
-        raise RuntimeError(why)
-    library.bestiary_scan_starts.restype = library.bestiary_scan_groups.restype = ctypes.c_int64
-    library.bestiary_scan_starts.argtypes = [ctypes.c_int64] * 4
-    library.bestiary_scan_groups.argtypes = [ctypes.c_int64]
-    return library
-
-
 @torch.library.impl("bestiary::selective_scan", "CPU")
 def _forward(u, dt, A, B, C, D, bias, z, gaps, lengths, before, softplus, save):
-    library, before = _library(), before.contiguous()
+    before = before.contiguous()
     scan, alive = _filled(u, dt, A, B, C, D, bias, z, gaps, lengths, softplus)
     sizes = (scan.batch, scan.time, scan.channels, scan.states)
     check_shapes("selective_scan", ("state", before, (scan.batch, scan.channels, scan.states)))
     y, after = buffer(*sizes[:3]), buffer(*before.shape)
-    starts = buffer(library.bestiary_scan_starts(*sizes) if save else 0)
+    starts = buffer(kernel("bestiary_scan_starts")(*sizes) if save else 0)
     scan.before, scan.y, scan.after = pointer(before), pointer(y), pointer(after)
     scan.starts = pointer(starts) if save else None
-    library.bestiary_scan_forward(ctypes.byref(scan))
+    kernel("bestiary_scan_forward")(ctypes.byref(scan))
     del alive
     return y, after, starts
 
 
 @torch.library.impl("bestiary::selective_scan_backward", "CPU")
 def _backward(dy, dafter, u, dt, A, B, C, D, bias, z, gaps, lengths, starts, softplus):
-    library, dy, dafter = _library(), rows(dy), dafter.contiguous()
+    dy, dafter = rows(dy), dafter.contiguous()
     scan, alive = _filled(u, dt, A, B, C, D, bias, z, gaps, lengths, softplus)
     batch, time, channels, states = scan.batch, scan.time, scan.channels, scan.states
     scan.starts = pointer(starts)
     du, ddt, dz = (buffer(batch, time, n) for n in (channels, channels, 0 if z is None else channels))
-    dB, dC = (buffer(library.bestiary_scan_groups(channels), batch, time, states) for _ in range(2))
+    dB, dC = (buffer(kernel("bestiary_scan_groups")(channels), batch, time, states) for _ in range(2))
     dA, dbefore = (buffer(batch, channels, states) for _ in range(2))
     dD, dbias = (buffer(batch, channels) for _ in range(2))
     outputs = [pointer(x) for x in (du, ddt, dz, dB, dC, dA, dD, dbias, dbefore)]
     back = _ScanBack(pointer(dy), pointer(dafter), dy.stride(0), dy.stride(1), *outputs)
-    library.bestiary_scan_backward(ctypes.byref(scan), ctypes.byref(back))
+    kernel("bestiary_scan_backward")(ctypes.byref(scan), ctypes.byref(back))
     del alive
     return du, ddt, dA.sum(0), dB.sum(0), dC.sum(0), dD.sum(0), dbias.sum(0), dz, dbefore
 
 
 @torch.library.register_fake("bestiary::selective_scan")
 def _(u, dt, A, B, C, D, bias, z, gaps, lengths, before, softplus, save):
-    starts = _library().bestiary_scan_starts(*u.shape, A.shape[1]) if save else 0
+    starts = kernel("bestiary_scan_starts")(*u.shape, A.shape[1]) if save else 0
     return u.new_empty(u.shape), torch.empty_like(before), u.new_empty(starts)
 
 
@@ -144,18 +133,16 @@ def _(dy, dafter, u, dt, A, B, C, D, bias, z, gaps, lengths, starts, softplus):
 
 def _setup(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, _before, softplus, _save = inputs
-    ctx.softplus, ctx.given = softplus, [tensor is not None for tensor in tensors]
-    ctx.save_for_backward(*(tensor for tensor in tensors if tensor is not None), output[2])
+    ctx.softplus = softplus
+    ctx.save_for_backward(*tensors, output[2])
     ctx.mark_non_differentiable(output[2])
 
 
 def _differentiate(ctx: Any, dy: Tensor, dafter: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *saved, starts = ctx.saved_tensors
-    saved_in_turn: Iterator[Tensor] = iter(saved)
-    tensors = [next(saved_in_turn) if given else None for given in ctx.given]
+    *tensors, starts = ctx.saved_tensors
     grads = torch.ops.bestiary.selective_scan_backward(dy, dafter, *tensors, starts, ctx.softplus)
     du, ddt, dA, dB, dC, dD, dbias, dz, dbefore = grads
-    optional = [grad if given else None for grad, given in zip((dD, dbias, dz), ctx.given[5:8])]
+    optional = [grad if x is not None else None for grad, x in zip((dD, dbias, dz), tensors[5:8])]
     return du, ddt, dA, dB, dC, *optional, None, None, dbefore, None, None
 
 
