@@ -17,7 +17,7 @@ from benchmarks.harness import Child, Run, middle
 from benchmarks.works import LAYERS, PROMPT, training_step
 from bestiary.ops.native import load
 
-LAYOUTS, PRECISIONS, ROUNDS = ("mamba", "mamba2", "gla"), ("fp32", "bf16"), 5
+LAYOUTS, PRECISIONS, ROUNDS = ("mamba", "mamba2", "gla"), ("fp32", "bf16"), 3
 KEEP = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=17179869184"
 """Large blocks of memory are kept and used again."""
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_linear_pointwise", "mkldnn_linear", "convolution")
