@@ -34,7 +34,7 @@ def main() -> None:
             runs, took = runs + 1, time.perf_counter() - start
             if work.unit == "bytes":
                 break
-        print("@took", float(result) if work.unit == "bytes" else took / runs, flush=True)  # type: ignore[arg-type]
+        print("@took", float(result) if work.unit == "bytes" else took / runs, flush=True)
 
 
 if __name__ == "__main__":

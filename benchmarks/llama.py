@@ -78,7 +78,7 @@ def write_gguf(model: LanguageModel, form: str, folder: Path = FILES) -> Path:
     exact("output_norm.weight", model.norm.weight)
     for i, (block, mixer) in enumerate(zip(model.blocks, mixers)):
         at: Any = mixer
-        exact(f"blk.{i}.attn_norm.weight", block.norm.weight)  # type: ignore[union-attr,arg-type]
+        exact(f"blk.{i}.attn_norm.weight", block.norm.weight)
         for name, linear in (
             ("ssm_in", at.in_proj),
             ("ssm_x", at.x_proj),

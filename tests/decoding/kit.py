@@ -8,7 +8,7 @@ from bestiary import LanguageModel, ModelConfig
 
 def make(layout: str, width: int = 64, **options: object) -> LanguageModel:
     torch.manual_seed(0)
-    model = LanguageModel(ModelConfig(layout, width, 50, **options)).eval()  # type: ignore[arg-type]
+    model = LanguageModel(ModelConfig(layout, width, 50, **options)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

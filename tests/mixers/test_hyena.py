@@ -110,7 +110,7 @@ def test_every_law_holds_with_the_filter_s_options(options: dict[str, Any]) -> N
 def test_with_delta_filters_hyena_is_a_gate() -> None:
     """h = (1, 0, 0, ...) and a short filter of one tap: y = W_out ((1 + beta) x0 x1 v)."""
     mixer = hyena()
-    mixer.filter.taps = lambda lags, dtype: F.pad(torch.ones(D, 1, dtype=dtype), (0, lags - 1))  # type: ignore[method-assign]
+    mixer.filter.taps = lambda lags, dtype: F.pad(torch.ones(D, 1, dtype=dtype), (0, lags - 1))
     with torch.no_grad():
         mixer.conv.weight.zero_()[:, -1] = 1
         mixer.conv.bias.zero_()

@@ -16,12 +16,12 @@ LAYERS, D = 4, 128
 
 def layer(layout: str, index: int = 2) -> Mixer:
     torch.manual_seed(3)
-    return LanguageModel(ModelConfig(f"{layout}*{LAYERS}", D)).blocks[index].mixer  # type: ignore[return-value]
+    return LanguageModel(ModelConfig(f"{layout}*{LAYERS}", D)).blocks[index].mixer
 
 
 def channel(layout: str, index: int = 2) -> Mixer:
     torch.manual_seed(3)
-    return LanguageModel(ModelConfig(f"{layout}*{LAYERS}", D)).blocks[index].channel  # type: ignore[return-value]
+    return LanguageModel(ModelConfig(f"{layout}*{LAYERS}", D)).blocks[index].channel
 
 
 def uniform(weight: Tensor, bound: float) -> bool:

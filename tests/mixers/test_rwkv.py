@@ -24,11 +24,11 @@ def model(layout: str, d_model: int = D, dtype: torch.dtype = torch.float32) -> 
 
 
 def layer(layout: str, index: int = 2) -> Mixer:
-    return model(f"{layout}*{LAYERS}").blocks[index].mixer  # type: ignore[return-value]
+    return model(f"{layout}*{LAYERS}").blocks[index].mixer
 
 
 def channel(layout: str, index: int = 2) -> Mixer:
-    return model(f"{layout}*{LAYERS}").blocks[index].channel  # type: ignore[return-value]
+    return model(f"{layout}*{LAYERS}").blocks[index].channel
 
 
 def awake(part: nn.Module, size: float = 0.2) -> nn.Module:
@@ -42,7 +42,7 @@ def awake(part: nn.Module, size: float = 0.2) -> nn.Module:
 
 
 def mixer(name: str, d_model: int = 64, **options) -> Mixer:
-    return awake(mixers.build(name, d_model, **options))  # type: ignore[return-value]
+    return awake(mixers.build(name, d_model, **options))
 
 
 def inputs(time: int = 9, d_model: int = 64) -> Tensor:
@@ -177,7 +177,7 @@ def shifted(x: Tensor) -> Tensor:
 def group_norm(y: Tensor, part: Mixer) -> Tensor:
     """(batch, time, heads, N) -> (batch, time, d_model), by PyTorch's own group norm."""
     flat = y.flatten(0, 1).flatten(1)
-    norm = F.group_norm(flat, part.n_heads, part.ln_x.weight, part.ln_x.bias, part.ln_x.eps)  # type: ignore[arg-type]
+    norm = F.group_norm(flat, part.n_heads, part.ln_x.weight, part.ln_x.bias, part.ln_x.eps)
     return norm.view(*y.shape[:2], -1)
 
 
@@ -280,7 +280,7 @@ def values_matter(rwkv: LanguageModel, index: int) -> bool:
     """Whether the layer's own values reach the logits."""
     tokens = torch.randint(256, (1, 12), generator=torch.Generator().manual_seed(6))
     before, _ = rwkv(tokens)
-    rwkv.blocks[index].mixer.value.weight.neg_()  # type: ignore[union-attr, operator]
+    rwkv.blocks[index].mixer.value.weight.neg_()
     return not torch.allclose(rwkv(tokens)[0], before, atol=1e-9)
 
 

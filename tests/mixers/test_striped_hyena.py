@@ -218,7 +218,7 @@ def test_bad_options_are_one_clear_error(name: str, options: dict[str, int | str
 
 def layer(name: str) -> GatedOperator:
     torch.manual_seed(3)
-    return LanguageModel(ModelConfig(f"{name}*4", 256)).blocks[2].mixer  # type: ignore[return-value]
+    return LanguageModel(ModelConfig(f"{name}*4", 256)).blocks[2].mixer
 
 
 def about(weight: Tensor, std: float) -> bool:

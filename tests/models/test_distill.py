@@ -29,7 +29,7 @@ def modes(channels: int, pairs: int, real: int, radius: float = 0.98) -> tuple[T
 def with_filter(taps: Tensor) -> Hyena:
     """A Hyena with these taps, in float64."""
     mixer = mixers.build("hyena", taps.shape[0], l_max=taps.shape[1]).double()
-    mixer.filter.taps = lambda lags, dtype: taps[:, :lags].to(dtype)  # type: ignore[method-assign]
+    mixer.filter.taps = lambda lags, dtype: taps[:, :lags].to(dtype)
     return mixer
 
 
@@ -180,7 +180,7 @@ def test_a_bad_fit_is_refused_with_an_order_that_would_do() -> None:
 )
 def test_bad_arguments_are_one_clear_error(options: dict[str, int | str | float], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        distill(mixers.build("hyena", D, l_max=64), **options)  # type: ignore[arg-type]
+        distill(mixers.build("hyena", D, l_max=64), **options)
 
 
 def test_a_filter_that_is_not_finite_is_refused() -> None:
@@ -192,7 +192,7 @@ def test_a_filter_that_is_not_finite_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_distilled_model_says_what_the_original_says(dtype: torch.dtype, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_a_distilled_model_says_what_the_original_says(dtype: torch.dtype, tmp_path) -> None:
     """With smooth filters, in layers of their own, beside attention, and shared; saved, loaded, decoded and trained."""
     one, shared = f"hyena{{{SMOOTH}, channel=gelu_mlp}}", f"hyena{{{SMOOTH}, share=a}}"
     config = ModelConfig(f"{one} attention+{one} {shared} attention {shared}", D)

@@ -31,7 +31,7 @@ def pairs(*parts: Tensor) -> list[Tensor]:
 def test_the_diagonal_system_in_chunks(kind: str, rule: str, time: int) -> None:
     L, _, B, C, dt = system()
 
-    def op(u, intervals, a, b, c, dt, d, state):  # type: ignore[no-untyped-def]
+    def op(u, intervals, a, b, c, dt, d, state):
         a, b, c = (torch.view_as_complex(x) for x in (a, b, c))
         return ops.irregular_diagonal_ssm(u, intervals, a, b, c, dt, d, rule=rule, state=state)
 
@@ -44,7 +44,7 @@ def test_the_diagonal_system_in_chunks(kind: str, rule: str, time: int) -> None:
 def test_the_dplr_system_in_chunks(kind: str, time: int) -> None:
     L, P, B, C, dt = system()
 
-    def op(u, intervals, a, p, b, c, dt, d, state):  # type: ignore[no-untyped-def]
+    def op(u, intervals, a, p, b, c, dt, d, state):
         a, p, b, c = (torch.view_as_complex(x) for x in (a, p, b, c))
         return ops.irregular_dplr_ssm(u, intervals, a, p, b, c, dt, d, state=state)
 

@@ -31,7 +31,7 @@ class Seen(TorchDispatchMode):
         super().__init__()
         self.count = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.count += func is OPERATOR
         return func(*args, **(kwargs or {}))
 
@@ -87,7 +87,7 @@ def test_it_is_the_product(shape: tuple[int, int, int], biased: bool) -> None:
 @pytest.mark.parametrize(
     "layout", [spread, turned, lambda t: F.pad(t, (0, 3))[..., :-3]], ids=["spread", "turned", "cut"]
 )
-def test_memory_may_lie_as_it_likes(layout) -> None:  # type: ignore[no-untyped-def]
+def test_memory_may_lie_as_it_likes(layout) -> None:
     x, weight, bias = case(70, 40, 90)
     check(layout(x), weight, bias)
     check(x, layout(weight), bias)
@@ -117,7 +117,7 @@ def test_only_asked_gradients_are_formed() -> None:
 
 
 def test_second_derivatives_are_torchs_own() -> None:
-    def second(f, dtype: torch.dtype) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+    def second(f, dtype: torch.dtype) -> tuple[Tensor, ...]:
         inputs = [t.to(dtype).requires_grad_() for t in numbers]
         first = torch.autograd.grad(f(*inputs).tanh().sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
@@ -157,7 +157,7 @@ def test_all_else_is_left_to_torch() -> None:
         with ops.use("torch"):
             return ops.linear(*given)
 
-    def half(f):  # type: ignore[no-untyped-def]
+    def half(f):
         return lambda *given: f(*(t.bfloat16() for t in given))
 
     with Seen() as seen:

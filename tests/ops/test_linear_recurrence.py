@@ -24,7 +24,7 @@ def test_the_scan_is_the_recurrence(time: int, kind: str) -> None:
 def test_complex_factors_turn_as_they_decay(time: int, kind: str) -> None:
     torch.manual_seed(time)
 
-    def op(size, angle, write, start):  # type: ignore[no-untyped-def]
+    def op(size, angle, write, start):
         write, start = torch.view_as_complex(write.contiguous()), torch.view_as_complex(start)
         h, state = ops.linear_recurrence(torch.polar(size, angle), write, state=start)
         return torch.view_as_real(h), torch.view_as_real(state)

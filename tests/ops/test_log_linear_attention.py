@@ -28,7 +28,7 @@ def past(levels: int) -> FenwickState:
 def test_chunked_is_recurrent_with_rows_at_different_positions(levels: int, kind: str, time: int) -> None:
     before = past(levels)
 
-    def op(q, k, v, g, w, memory):  # type: ignore[no-untyped-def]
+    def op(q, k, v, g, w, memory):
         o, state = ops.log_linear_attention(q, k, v, g, w, state=FenwickState(memory, before.position))
         assert torch.equal(state.position, before.position + time)
         return o, state.memory

@@ -29,7 +29,7 @@ def test_the_scan_is_the_recurrence(kind: str, fixed: bool, time: int) -> None:
     shape = (N,) if fixed else (B, time, N)
     W, R = weights()
 
-    def op(u, decay, gain, w, r, state):  # type: ignore[no-untyped-def]
+    def op(u, decay, gain, w, r, state):
         decay, gain, w, r = (torch.view_as_complex(x) for x in (decay, gain, w, r))
         return ops.mimo_ssm(u, decay, w, r, gain=gain, state=state)
 

@@ -27,7 +27,7 @@ def past(size: float) -> MLSTMState:
 def test_chunked_is_recurrent_with_every_gate(size: float, kind: str, time: int) -> None:
     inputs, before, ahead = case(time, size, kind), past(size), case(3, size, kind)
 
-    def op(q, k, v, i, f, memory):  # type: ignore[no-untyped-def]
+    def op(q, k, v, i, f, memory):
         h, state = ops.mlstm(q, k, v, i, f, state=MLSTMState(memory, before.max.to(memory.dtype)))
         # the state is in units of its own: what it does to later steps is what counts
         return h, ops.mlstm(*(x.to(q.dtype) for x in ahead), state=state)[0]

@@ -27,7 +27,7 @@ def test_chunked_is_recurrent(kind: str, time: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rule", ["zoh", "bilinear"])
 def test_chunked_is_recurrent_by_other_rules(rule: str, kind: str, time: int) -> None:
-    def op(u, dt, A, B, C, state):  # type: ignore[no-untyped-def]
+    def op(u, dt, A, B, C, state):
         return ops.selective_scan(u, dt, A, B, C, discretisation=rule, state=state)
 
     check_forms(op, case(time, kind))

@@ -131,7 +131,7 @@ def test_the_diagonal_recurrence_in_chunks(time: int, dt_scale: float) -> None:
     L, _, B, C, dt = system()
     parts = torch.view_as_real(ssm.zoh(L, B, dt_scale * dt[:, None])[0]), torch.view_as_real(B), torch.view_as_real(C)
 
-    def op(u, a, b, c, d, state):  # type: ignore[no-untyped-def]
+    def op(u, a, b, c, d, state):
         return ssm_scan.diagonal_ssm(u, *(torch.view_as_complex(x) for x in (a, b, c)), d, state=state)
 
     check_forms(op, [normal(2, time, CHANNELS), *parts, normal(CHANNELS), normal(2, CHANNELS, HALF, 2)])
@@ -143,7 +143,7 @@ def test_the_real_recurrence_in_chunks(kind: str, time: int) -> None:
     torch.manual_seed(time)
     parts = gates(kind, CHANNELS, HALF).exp(), normal(CHANNELS, HALF), normal(CHANNELS, HALF)
 
-    def op(u, a, b, c, d, state):  # type: ignore[no-untyped-def]
+    def op(u, a, b, c, d, state):
         return ssm_scan.real_ssm(u, a, b, c, d, state=state)
 
     check_forms(op, [normal(2, time, CHANNELS), *parts, normal(CHANNELS), normal(2, CHANNELS, HALF)])
@@ -165,7 +165,7 @@ def test_the_dense_recurrence_in_chunks(time: int) -> None:
     a, b, c = ssm.real_dplr(L, P, P, B, C)
     A_bar, B_bar = ssm.bilinear_dense(a, b, dt)
 
-    def op(u, a, b, c, state):  # type: ignore[no-untyped-def]
+    def op(u, a, b, c, state):
         return ssm_scan.dense_ssm(u, a, b, c, state=state)
 
     check_forms(op, [normal(2, time, CHANNELS), A_bar, B_bar, c, normal(2, CHANNELS, 2 * HALF)])

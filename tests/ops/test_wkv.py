@@ -24,7 +24,7 @@ def case(time: int, size: float, decay: float) -> list[torch.Tensor]:
 def test_the_scan_is_the_recurrence(time: int, size: float, decay: float) -> None:
     inputs, ahead = case(time, size, decay), normal(B, 3, C)
 
-    def op(k, v, w, u, num, den, top):  # type: ignore[no-untyped-def]
+    def op(k, v, w, u, num, den, top):
         y, state = ops.wkv(k, v, w, u, state=WKVState(num, den, top))
         # the state is a triple in units of its own: what it does to later steps is what counts
         return y, ops.wkv(ahead.to(k.dtype), ahead.to(k.dtype), w, u, state=state)[0]

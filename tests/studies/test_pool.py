@@ -110,7 +110,7 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
         "    time.sleep(600)\n"
     )
     parent = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    worker = int(parent.stdout.readline())  # type: ignore[union-attr]
+    worker = int(parent.stdout.readline())
     os.kill(worker, 0)  # it lives
     parent.kill()
     parent.wait()

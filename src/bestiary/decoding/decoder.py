@@ -110,7 +110,8 @@ class _Plan:
             before = model.hidden(tokens[:, :steps])[1].layers
             x = model.embed(tokens[:, -1])
             given.append((x, (*before, states.Empty()), Context(embeddings=x[:, None])))
-        layers = [Layer(block.step, i) for i, block in enumerate(model.blocks)]  # type: ignore[arg-type]
+        blocks: Any = model.blocks
+        layers = [Layer(block.step, i) for i, block in enumerate(blocks)]
         layers.append(Layer(lambda x, state, context: (model.head(model.norm(x)), state), len(layers)))
         xs, piece = [embedded for embedded, *_ in given], Piece(rows, matrices)
         for i, layer in enumerate(layers):

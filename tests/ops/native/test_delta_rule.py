@@ -40,11 +40,11 @@ def general(shape: tuple[int, ...], kind: str) -> list[Tensor]:
     return [r, w, normal(*keys.shape), v, -keys, keys * beta[..., None] / 2, state]
 
 
-def delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, g: Tensor | None = None):  # type: ignore[no-untyped-def]
+def delta(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, state: Tensor, g: Tensor | None = None):
     return ops.delta_rule(q, k, v, beta, g, state=state)
 
 
-def dplr(*parts: Tensor):  # type: ignore[no-untyped-def]
+def dplr(*parts: Tensor):
     return ops.dplr(*parts[:6], state=parts[6])
 
 
@@ -87,7 +87,7 @@ def test_threads_and_layouts_change_no_bit() -> None:
 
 
 @pytest.mark.parametrize("op", [delta, dplr])
-def test_the_default_dtype_changes_no_bit_and_a_second_derivative_is_refused(op) -> None:  # type: ignore[no-untyped-def]
+def test_the_default_dtype_changes_no_bit_and_a_second_derivative_is_refused(op) -> None:
     shape = (2, 9, 2, 5, 20)
     inputs = case(shape, "weak", "a step's") if op is delta else general(shape, "weak")
     kit.check_defaults(op, inputs)
@@ -104,7 +104,7 @@ def test_other_shapes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("op", [delta, dplr])
-def test_nan_comes_out_where_it_goes_in(op) -> None:  # type: ignore[no-untyped-def]
+def test_nan_comes_out_where_it_goes_in(op) -> None:
     shape = (2, 40, 3, 5, 20)
     clean = [x.float() for x in (case(shape, "weak", "a step's") if op is delta else general(shape, "weak"))]
     which = next(i for i, x in enumerate(clean) if x.shape == (2, 40, 3, 20))
@@ -120,7 +120,7 @@ def test_nan_comes_out_where_it_goes_in(op) -> None:  # type: ignore[no-untyped-
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("op", [delta, dplr])
-def test_half_precision_is_read_and_the_state_stays_in_fp32(op, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+def test_half_precision_is_read_and_the_state_stays_in_fp32(op, dtype: torch.dtype) -> None:
     shape, last = (2, 40, 2, 8, 20), 4 if op is delta else 6
     inputs = case(shape, "weak", "a channel's") if op is delta else general(shape, "weak")
     inputs = [x.float() if i == last else x.to(dtype) for i, x in enumerate(inputs)]

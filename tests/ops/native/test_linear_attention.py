@@ -41,15 +41,15 @@ def case(shape: tuple[int, ...], decay: str, kind: str) -> list[Tensor]:
     return [*plain, gates(kind, *((B, T, H) if decay == "per step" else (B, T, H, K)))]
 
 
-def plain(q, k, v, state, g=None):  # type: ignore[no-untyped-def]
+def plain(q, k, v, state, g=None):
     return ops.linear_attention(q, k, v, g, state=state)
 
 
-def with_bonus(q, k, v, state, u, g=None):  # type: ignore[no-untyped-def]
+def with_bonus(q, k, v, state, u, g=None):
     return ops.linear_attention(q, k, v, g, bonus=u, scale=1.0, state=state)
 
 
-def normalised(q, k, v, state, g=None):  # type: ignore[no-untyped-def]
+def normalised(q, k, v, state, g=None):
     return ops.linear_attention(q, k, v, g, normalise=True, state=state)
 
 

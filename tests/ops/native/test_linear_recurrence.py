@@ -107,7 +107,7 @@ def test_torch_knows_it_as_an_operator() -> None:
 
 
 def test_it_compiles_for_any_length() -> None:
-    def operator(decay, write, state):  # type: ignore[no-untyped-def]
+    def operator(decay, write, state):
         return torch.ops.bestiary.linear_recurrence(decay, write, state, None)
 
     kit.check_compiled(operator, [case((2, time, 20), "weak") for time in (9, 20, 33)])

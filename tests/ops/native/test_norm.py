@@ -19,22 +19,22 @@ def case(shape: tuple[int, ...], *, groups: int = 0) -> list[Tensor]:
     return [normal(*shape), 2 * normal(*shape), normal(*([groups] if groups else []), shape[-1])]
 
 
-def plain(x, gate, weight):  # type: ignore[no-untyped-def]
+def plain(x, gate, weight):
     y = ops.rms_norm(x, weight, eps=EPS)
     return y, y[..., :1]
 
 
-def unweighed(x, gate, weight):  # type: ignore[no-untyped-def]
+def unweighed(x, gate, weight):
     y = ops.rms_norm(x, eps=EPS)
     return y, y[..., :1]
 
 
-def before(x, gate, weight):  # type: ignore[no-untyped-def]
+def before(x, gate, weight):
     y = ops.rms_norm(x, weight, eps=EPS, gate=gate, gate_first=True)
     return y, y[..., :1]
 
 
-def after(x, gate, weight):  # type: ignore[no-untyped-def]
+def after(x, gate, weight):
     y = ops.rms_norm(x, weight, eps=EPS, gate=gate)
     return y, y[..., :1]
 
@@ -44,26 +44,26 @@ FORMS = [plain, unweighed, before, after]
 
 @pytest.mark.parametrize("op", FORMS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_is_the_definition(op, shape: tuple[int, ...]) -> None:  # type: ignore[no-untyped-def]
+def test_it_is_the_definition(op, shape: tuple[int, ...]) -> None:
     kit.check_kernel(op, case(shape))
 
 
 @pytest.mark.parametrize("op", FORMS)
 @pytest.mark.parametrize("size", [1e-12, 1e-3, 1e3, 1e12])
-def test_so_it_is_for_large_and_small_numbers(op, size: float) -> None:  # type: ignore[no-untyped-def]
+def test_so_it_is_for_large_and_small_numbers(op, size: float) -> None:
     x, gate, weight = case((5, 7, 40))
     kit.check_kernel(op, [size * x, gate, weight])
 
 
 @pytest.mark.parametrize("op", FORMS)
 @pytest.mark.parametrize("groups", [1, 2, 3, 80])
-def test_groups_take_their_weights_in_turn(op, groups: int) -> None:  # type: ignore[no-untyped-def]
+def test_groups_take_their_weights_in_turn(op, groups: int) -> None:
     kit.check_kernel(op, case((2, 33, groups, 20), groups=groups))
 
 
 @pytest.mark.parametrize("op", FORMS)
 @pytest.mark.parametrize("groups", [0, 1, 3])
-def test_the_torch_form_is_the_definition(op, groups: int) -> None:  # type: ignore[no-untyped-def]
+def test_the_torch_form_is_the_definition(op, groups: int) -> None:
     inputs = case((2, 5, max(groups, 1), 20), groups=groups)
     found, exact = (run(op, inputs, form, torch.float64) for form in ("torch", "reference"))
     for a, b in zip(found, exact):
@@ -147,7 +147,7 @@ def test_torch_knows_it_as_an_operator() -> None:
 
 
 def test_it_compiles_for_any_length() -> None:
-    def operator(x, gate, weight):  # type: ignore[no-untyped-def]
+    def operator(x, gate, weight):
         y, _ = torch.ops.bestiary.rms_norm(x, weight[None], gate, EPS, True)
         return y, y[:, :1]
 

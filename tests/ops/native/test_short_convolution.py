@@ -125,7 +125,7 @@ def test_torch_knows_it_as_an_operator() -> None:
 
 
 def test_it_compiles_for_any_length() -> None:
-    def operator(x, weight, bias, state):  # type: ignore[no-untyped-def]
+    def operator(x, weight, bias, state):
         return torch.ops.bestiary.short_convolution(x, weight, bias, state, None, True)
 
     kit.check_compiled(operator, [case((2, time, 20, 4)) for time in (9, 20, 33)])

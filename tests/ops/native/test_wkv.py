@@ -32,7 +32,7 @@ def later(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: WKVState, lengths: 
     return y, ops.wkv(ahead, ahead.flip(1), w, u, state=state)[0]
 
 
-def op(k, v, w, u, num, den, top):  # type: ignore[no-untyped-def]
+def op(k, v, w, u, num, den, top):
     return later(k, v, w, u, WKVState(num, den, top), None)
 
 
@@ -79,7 +79,7 @@ def test_rows_end_at_their_lengths_whatever_padding_holds() -> None:
     lengths = torch.tensor([0, 1, 2, 3, 33, 40])
     real = (torch.arange(40) < lengths[:, None])[..., None]
 
-    def padded(k, v, w, u, num, den, top):  # type: ignore[no-untyped-def]
+    def padded(k, v, w, u, num, den, top):
         return later(k, v, w, u, WKVState(num, den, top), lengths)
 
     kit.check_kernel(padded, [k, v, w, u, *past])
@@ -172,7 +172,7 @@ def test_torch_knows_it_as_an_operator() -> None:
 
 
 def test_it_compiles_for_any_length() -> None:
-    def operator(k, v, w, u, num, den, top):  # type: ignore[no-untyped-def]
+    def operator(k, v, w, u, num, den, top):
         y, num, den, _, _ = torch.ops.bestiary.wkv(k, v, w, u, num, den, top, None, True)
         return y, num / den
 
