@@ -57,7 +57,7 @@ def choose(op: str, *, time: int, like: torch.Tensor | None = None) -> Callable[
             where the op has none, or must not use it. Code that torch.compile traces never does: it cannot trace them.
     """
     name, forced = _choice(op, time, kernels=False)[0], forced_form()
-    if forced is None and (op, name) in _own_backward and _transformed() is not None:
+    if forced is None and (op, name) in _own_backward and transformed() is not None:
         name = "reference"
     own = _forms[op][name]
     if (
@@ -96,14 +96,14 @@ def compiled(op: str, *tensors: torch.Tensor | None, why_not: str | None = None,
     forced = forced_form()
     if forced not in (None, _NATIVE):
         return False
-    why_not = why_not or _transformed() or library.refuses(*tensors)
+    why_not = why_not or transformed() or library.refuses(*tensors)
     if forced == _NATIVE and why_not is not None:
         raise UsageError(f"op {op} has no compiled form here: {why_not}")
     return why_not is None and (worth or forced == _NATIVE)
 
 
 @torch.compiler.assume_constant_result
-def _transformed() -> str | None:
+def transformed() -> str | None:
     """Why no kernel may run whatever the tensors are: kernels know reverse-mode derivatives alone.
 
     A forward-mode derivative through one would be zero without a word. Code made by torch.compile asks anew: it guards

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils import flop_counter
 
@@ -87,8 +86,7 @@ def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and weight.ndim == 2
         and x.shape[-1] == weight.shape[1]
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and dispatch.transformed() is None
     )
 
 

@@ -33,9 +33,9 @@ torch.library.define("bestiary::product", "(Tensor x, int matrix) -> Tensor")
 
 
 @contextlib.contextmanager
-def tracing() -> Iterator[None]:
-    """Within it, the operators take the place of what they stand for."""
-    token = _tracing.set(True)
+def tracing(on: bool = True) -> Iterator[None]:
+    """Within it, the operators take the place of what they stand for; or, inside them, do not."""
+    token = _tracing.set(on)
     try:
         yield
     finally:
@@ -58,18 +58,9 @@ def product(x: Tensor, packed: Any) -> Tensor:
     return torch.ops.bestiary.product(x, id(packed))
 
 
-@contextlib.contextmanager
-def _plain() -> Iterator[None]:
-    token = _tracing.set(False)
-    try:
-        yield
-    finally:
-        _tracing.reset(token)
-
-
 @torch.library.impl("bestiary::product", "CPU")
 def _product(x, number):
-    with _plain():
+    with tracing(False):
         return _matrices[number].multiply(x)
 
 
@@ -77,7 +68,7 @@ def _product(x, number):
 def _turn(x, position, base, dims, stretch):
     from bestiary.ops.rotary import rotate
 
-    with _plain():
+    with tracing(False):
         return rotate(x, position, base=base, dims=dims, stretch=stretch)
 
 
@@ -85,7 +76,7 @@ def _turn(x, position, base, dims, stretch):
 def _sum_angles(start, turns):
     from bestiary.ops.rotary import sum_angles
 
-    with _plain():
+    with tracing(False):
         return sum_angles(start, turns)
 
 
@@ -93,7 +84,7 @@ def _sum_angles(start, turns):
 def _log_linear(q, k, v, log_decay, weights, memory, position, scale):
     from bestiary.ops.log_linear_attention import FenwickState, log_linear_attention
 
-    with _plain():
+    with tracing(False):
         past = FenwickState(memory, position)
         o, after = log_linear_attention(q, k, v, log_decay, weights, scale=scale, state=past)
     return o, *after
@@ -103,7 +94,7 @@ def _log_linear(q, k, v, log_decay, weights, memory, position, scale):
 def _attend(q, k, v, keys, values, position, window, scale):
     from bestiary.ops.attention import KVCache, attention
 
-    with _plain():
+    with tracing(False):
         o, after = attention(q, k, v, window=window or None, scale=scale, state=KVCache(keys, values, position))
     return o, *(x.clone() for x in after)
 
