@@ -4,6 +4,7 @@ A contender's `prepare` runs in a process of its own (benchmarks/child.py) and r
 """
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -212,6 +213,24 @@ def train() -> list[Work]:
         }
         title = f"Training step of equal parameters, {time} tokens, {layers} layers against {layers // 2}"
         found.append(Work(f"train-{time}", title, contenders, time, most_rounds=3 if time > 2048 else None))
+    return found
+
+
+def products() -> list[Work]:
+    """Training steps with fp32 products by the library that `ops.linear` chooses, and by MKL alone."""
+
+    def by_mkl(layout: str) -> Run:
+        sys.modules["bestiary.ops.linear"]._usable = lambda: False
+        return training_step(layout, PROMPT)
+
+    found = []
+    for kind in ("mamba", "mamba2", "gla"):
+        layout = f"{kind}*{LAYERS}"
+        contenders = {
+            "bestiary": Contender(lambda layout=layout: training_step(layout, PROMPT)),
+            "the same, products by MKL": Contender(lambda layout=layout: by_mkl(layout), 1.0),
+        }
+        found.append(Work(f"products-{kind}", f"Products in a training step of {kind}, fp32", contenders, PROMPT))
     return found
 
 
@@ -442,6 +461,7 @@ GROUPS: dict[str, Callable[[], list[Work]]] = {
     "prompt": prompt,
     "prefill": prefill,
     "train": train,
+    "products": products,
     "scan": scan,
     "wkv": wkv,
     "mixing": mixing,
